@@ -1,0 +1,79 @@
+/* What Python sees of ring.c. Read by cffi: declarations only, no preprocessor. */
+
+struct tu_ring {
+    unsigned setup_flags;      /* IORING_SETUP_* the kernel accepted            */
+    unsigned features;         /* IORING_FEAT_*                                 */
+    unsigned sq_entries;
+    unsigned cq_entries;
+    int ring_fd;
+    unsigned pushed;           /* of the last tick: entries taken from staging  */
+    unsigned reaped;           /* of the last tick: CQEs in `cqes`              */
+    uint64_t enters;           /* io_uring_enter calls, ever                    */
+    uint64_t sqes;             /* entries handed to the kernel, ever            */
+    uint64_t cqes_seen;        /* CQEs handed to Python, ever                   */
+    uint64_t overflows;        /* times the kernel flagged CQ overflow          */
+    uint64_t stalls;           /* times the kernel took no entry for lack of memory */
+    int64_t *cqes;             /* triples: user_data, res, flags                */
+    ...;
+};
+
+#define TU_CQES_PER_TICK ...
+#define TU_NEUTRALISED ...
+#define TU_LIBURING_MAJOR ...
+#define TU_LIBURING_MINOR ...
+
+struct tu_ring *tu_new(void);
+int tu_open(struct tu_ring *r, unsigned entries, unsigned cq_entries, unsigned flags);
+int tu_enable(struct tu_ring *r, unsigned bounded_workers, unsigned unbounded_workers);
+int tu_probe(struct tu_ring *r, uint8_t *supported, unsigned n);
+int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_ns);
+int tu_flush(struct tu_ring *r, const void *staged, unsigned n);
+int tu_pending(struct tu_ring *r);
+int tu_register_eventfd(struct tu_ring *r, int fd);
+void tu_free(struct tu_ring *r);
+
+/* The structs operations own while the kernel uses them. */
+
+typedef int... tu_socklen_t;
+
+struct iovec { void *iov_base; size_t iov_len; };
+
+struct msghdr {
+    void *msg_name;
+    tu_socklen_t msg_namelen;
+    struct iovec *msg_iov;
+    size_t msg_iovlen;
+    void *msg_control;
+    size_t msg_controllen;
+    int msg_flags;
+    ...;
+};
+
+struct sockaddr_storage { ...; };
+
+struct __kernel_timespec { int64_t tv_sec; int64_t tv_nsec; };
+
+struct statx_timestamp { int64_t tv_sec; uint32_t tv_nsec; ...; };
+
+struct statx {
+    uint32_t stx_mask;
+    uint32_t stx_blksize;
+    uint64_t stx_attributes;
+    uint32_t stx_nlink;
+    uint32_t stx_uid;
+    uint32_t stx_gid;
+    uint16_t stx_mode;
+    uint64_t stx_ino;
+    uint64_t stx_size;
+    uint64_t stx_blocks;
+    uint64_t stx_attributes_mask;
+    struct statx_timestamp stx_atime;
+    struct statx_timestamp stx_btime;
+    struct statx_timestamp stx_ctime;
+    struct statx_timestamp stx_mtime;
+    uint32_t stx_rdev_major;
+    uint32_t stx_rdev_minor;
+    uint32_t stx_dev_major;
+    uint32_t stx_dev_minor;
+    ...;
+};

@@ -1,0 +1,386 @@
+/*
+ * The shim between Python and liburing: one call per scheduler tick.
+ *
+ * Facts that decide its shape:
+ *
+ * - cffi releases the GIL around every call, and taking it back can cost a thread switch. So the
+ *   whole tick (take the staged entries, submit, wait, reap) is one call, and the CQEs come back in
+ *   one array.
+ * - Python stages SQEs in memory of its own, not in the kernel's ring. The staging area may hold more
+ *   entries than the ring: a tick pushes them through in as many rounds as it takes. So a full
+ *   submission queue is no case of its own for the callers, and no cancel can be dropped by one.
+ * - An entry Python takes back before the tick carries the opcode TU_NEUTRALISED and is skipped: the
+ *   kernel never hears of it.
+ * - With DEFER_TASKRUN completions appear only when the owner enters with GETEVENTS; TASKRUN in the SQ
+ *   flags says that this is needed. Nothing staged, no flag, nobody asks to wait: no system call.
+ * - -ETIME alone does not prove that the time-out expired (a signal can end the wait after entries were
+ *   taken), and trio gives a meaning to "nothing happened until the time-out". The clock decides.
+ * - A registered eventfd can miss completions that another eventfd caused; see tu_register_eventfd.
+ * - After fork the child shares the ring with its parent. The mappings are not inherited (touching them
+ *   would be a fault), so every call compares the fork generation first.
+ *
+ * Indices and barriers are liburing's (floor: 2.3). Nothing here touches Python objects.
+ */
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/stat.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include <liburing.h>
+
+#ifdef IO_URING_VERSION_MAJOR
+#define TU_LIBURING_MAJOR IO_URING_VERSION_MAJOR
+#define TU_LIBURING_MINOR IO_URING_VERSION_MINOR
+#else /* the version macros came with 2.4 */
+#define TU_LIBURING_MAJOR 2
+#define TU_LIBURING_MINOR 3
+#endif
+
+#define TU_CQES_PER_TICK 1024
+#define TU_NEUTRALISED 0xff
+
+/* Kernel ABI newer than some liburing headers. */
+#define TU_FEAT_EXT_ARG (1U << 8)
+
+typedef socklen_t tu_socklen_t;
+
+struct tu_ring {
+    unsigned setup_flags;
+    unsigned features;
+    unsigned sq_entries;
+    unsigned cq_entries;
+    int ring_fd;
+    unsigned pushed;
+    unsigned reaped;
+    uint64_t enters;
+    uint64_t sqes;
+    uint64_t cqes_seen;
+    uint64_t overflows;
+    uint64_t stalls;
+    int64_t *cqes;
+
+    struct io_uring ring;
+    bool open;
+    bool eventfd_registered;
+    unsigned fork_generation;
+    int64_t reaped_cqes[3 * TU_CQES_PER_TICK];
+};
+
+static unsigned fork_generation;
+static pthread_once_t fork_handler_once = PTHREAD_ONCE_INIT;
+
+static void forked(void)
+{
+    fork_generation++;
+}
+
+static void install_fork_handler(void)
+{
+    pthread_atfork(NULL, NULL, forked);
+}
+
+static bool belongs_to_parent(const struct tu_ring *r)
+{
+    return r->fork_generation != fork_generation;
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return ts.tv_sec * INT64_C(1000000000) + ts.tv_nsec;
+}
+
+struct tu_ring *tu_new(void)
+{
+    struct tu_ring *r = calloc(1, sizeof(*r));
+
+    if (r) {
+        pthread_once(&fork_handler_once, install_fork_handler);
+        r->ring_fd = -1;
+        r->cqes = r->reaped_cqes;
+        r->fork_generation = fork_generation;
+    }
+    return r;
+}
+
+/* One attempt with exactly these flags; which to try next is Python's decision. */
+int tu_open(struct tu_ring *r, unsigned entries, unsigned cq_entries, unsigned flags)
+{
+    struct io_uring_params p = {.flags = flags, .cq_entries = cq_entries};
+    int ret = io_uring_queue_init_params(entries, &r->ring, &p);
+
+    if (ret < 0)
+        return ret;
+    if (!(p.features & TU_FEAT_EXT_ARG)) {
+        io_uring_queue_exit(&r->ring);
+        return -ENOSYS;
+    }
+    ret = io_uring_ring_dontfork(&r->ring);
+    if (ret < 0) {
+        io_uring_queue_exit(&r->ring);
+        return ret;
+    }
+    r->open = true;
+    r->ring_fd = r->ring.ring_fd;
+    r->setup_flags = p.flags;
+    r->features = p.features;
+    r->sq_entries = p.sq_entries;
+    r->cq_entries = p.cq_entries;
+    return 0;
+}
+
+/* Makes the calling thread the ring's owner. Zero leaves a worker limit as it is. */
+int tu_enable(struct tu_ring *r, unsigned bounded_workers, unsigned unbounded_workers)
+{
+    unsigned workers[2] = {bounded_workers, unbounded_workers};
+    int ret;
+
+    if (belongs_to_parent(r))
+        return -EOWNERDEAD;
+    if (r->setup_flags & IORING_SETUP_R_DISABLED) {
+        /* liburing 2.3 declares io_uring_enable_rings without exporting it. */
+        ret = io_uring_register(r->ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
+        if (ret < 0)
+            return ret;
+    }
+    ret = io_uring_register_iowq_max_workers(&r->ring, workers);
+    return ret == -EINVAL ? 0 : ret; /* before 5.15 there is no such limit */
+}
+
+int tu_probe(struct tu_ring *r, uint8_t *supported, unsigned n)
+{
+    struct io_uring_probe *probe;
+    size_t size = sizeof(*probe) + 256 * sizeof(probe->ops[0]);
+    int ret;
+
+    if (belongs_to_parent(r))
+        return -EOWNERDEAD;
+    probe = calloc(1, size);
+    if (!probe)
+        return -ENOMEM;
+    ret = io_uring_register_probe(&r->ring, probe, 256);
+    if (ret >= 0)
+        for (unsigned op = 0; op < n; op++)
+            supported[op] = op < probe->ops_len && (probe->ops[op].flags & IO_URING_OP_SUPPORTED);
+    free(probe);
+    return ret < 0 ? ret : 0;
+}
+
+/*
+ * Has completions signal fd. A completion that is itself caused by a write to an eventfd is signalled
+ * late, and only once per registration (seen on 6.18: the kernel never clears its "signal is under way"
+ * mark). So whoever is about to sleep on fd registers it anew.
+ */
+int tu_register_eventfd(struct tu_ring *r, int fd)
+{
+    int ret;
+
+    if (belongs_to_parent(r))
+        return -EOWNERDEAD;
+    if (r->eventfd_registered) {
+        ret = io_uring_unregister_eventfd(&r->ring);
+        if (ret < 0)
+            return ret;
+    }
+    ret = io_uring_register_eventfd(&r->ring, fd);
+    r->eventfd_registered = ret == 0;
+    return ret;
+}
+
+static unsigned kernel_flags(struct tu_ring *r)
+{
+    return IO_URING_READ_ONCE(*r->ring.sq.kflags) & (IORING_SQ_CQ_OVERFLOW | IORING_SQ_TASKRUN);
+}
+
+/* Is there anything to reap? Reads memory only: safe from a thread that does not own the ring. */
+int tu_pending(struct tu_ring *r)
+{
+    if (belongs_to_parent(r))
+        return -EOWNERDEAD;
+    return io_uring_cq_ready(&r->ring) || kernel_flags(r);
+}
+
+static int submit(struct tu_ring *r)
+{
+    r->enters++;
+    return io_uring_submit(&r->ring);
+}
+
+/* Moves staged entries into the submission queue; a full queue is handed to the kernel on the way. */
+static int push(struct tu_ring *r, const struct io_uring_sqe *staged, unsigned n)
+{
+    r->pushed = 0;
+    while (r->pushed < n) {
+        struct io_uring_sqe *sqe;
+
+        if (staged[r->pushed].opcode == TU_NEUTRALISED) {
+            r->pushed++;
+            continue;
+        }
+        sqe = io_uring_get_sqe(&r->ring);
+        if (!sqe) {
+            int ret = submit(r);
+
+            if (ret < 0)
+                return ret;
+            sqe = io_uring_get_sqe(&r->ring);
+            if (!sqe)
+                return -EAGAIN;
+        }
+        memcpy(sqe, &staged[r->pushed], sizeof(*sqe));
+        r->pushed++;
+        r->sqes++;
+    }
+    return 0;
+}
+
+static unsigned reap(struct tu_ring *r)
+{
+    struct io_uring_cqe *cqe;
+    unsigned head, n = 0;
+
+    io_uring_for_each_cqe(&r->ring, head, cqe) {
+        int64_t *out;
+
+        if (r->reaped == TU_CQES_PER_TICK)
+            break;
+        out = r->cqes + 3 * r->reaped++;
+        out[0] = (int64_t)cqe->user_data;
+        out[1] = cqe->res;
+        out[2] = cqe->flags;
+        n++;
+    }
+    io_uring_cq_advance(&r->ring, n);
+    r->cqes_seen += n;
+    return n;
+}
+
+/* The kernel keeps what did not fit into the CQ and flushes it on an enter with GETEVENTS. */
+static int reap_all(struct tu_ring *r)
+{
+    reap(r);
+    while ((kernel_flags(r) & IORING_SQ_CQ_OVERFLOW) && r->reaped < TU_CQES_PER_TICK) {
+        int ret;
+
+        r->overflows++;
+        r->enters++;
+        ret = io_uring_get_events(&r->ring);
+        if (ret < 0)
+            return ret;
+        if (!reap(r))
+            break;
+    }
+    return 0;
+}
+
+/* The kernel may refuse entries for a while: completions to be reaped first, or no memory. */
+static bool passing_trouble(int err)
+{
+    return err == -EINTR || err == -EAGAIN || err == -EBUSY || err == -ENOMEM;
+}
+
+/*
+ * Submits the first n staged entries, waits up to timeout_ns for a completion (not at all when there
+ * is one already), reaps. Returns the number of CQEs in r->cqes when everything went through, and
+ * -ETIME in place of 0 when the time-out expired. Any other negative value: r->pushed and r->reaped
+ * tell how far it came; -EINTR, the wait ended early without a completion; -EAGAIN, entries are left.
+ */
+int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_ns)
+{
+    int ret;
+    bool expired = true;
+
+    if (belongs_to_parent(r))
+        return -EOWNERDEAD;
+    r->reaped = 0;
+    ret = push(r, staged, n);
+    if (ret < 0 && !passing_trouble(ret))
+        return ret;
+
+    if (ret == 0 && timeout_ns > 0 && !io_uring_cq_ready(&r->ring)) {
+        struct __kernel_timespec ts = {timeout_ns / 1000000000, timeout_ns % 1000000000};
+        struct io_uring_cqe *cqe;
+        int64_t start = now_ns();
+
+        r->enters++;
+        ret = io_uring_submit_and_wait_timeout(&r->ring, &cqe, 1, &ts, NULL);
+        expired = now_ns() - start >= timeout_ns;
+        if (ret == -ETIME || ret > 0)
+            ret = 0;
+    } else if (ret < 0 || io_uring_sq_ready(&r->ring) || kernel_flags(r)) {
+        r->enters++;
+        ret = io_uring_submit_and_get_events(&r->ring);
+        if (ret > 0)
+            ret = 0;
+    }
+    if (ret < 0 && !passing_trouble(ret))
+        return ret;
+
+    if (!(r->setup_flags & IORING_SETUP_SQPOLL) && (r->pushed < n || io_uring_sq_ready(&r->ring))) {
+        r->stalls++;
+        ret = reap_all(r);
+        if (ret == 0 && !r->reaped)
+            usleep(1000);
+        return ret < 0 ? ret : -EAGAIN;
+    }
+    ret = reap_all(r);
+    if (ret < 0 && !passing_trouble(ret))
+        return ret;
+    if (r->reaped)
+        return (int)r->reaped;
+    return expired ? -ETIME : -EINTR;
+}
+
+/*
+ * Hands every entry to the kernel now, and runs the completions that are due (a cancelled poll gives
+ * its file back there). CQEs stay in the ring for the next tick. Bounded: -EAGAIN if the kernel keeps
+ * refusing.
+ */
+int tu_flush(struct tu_ring *r, const void *staged, unsigned n)
+{
+    unsigned done = 0;
+
+    if (belongs_to_parent(r))
+        return -EOWNERDEAD;
+    for (int attempt = 0; attempt < 1000; attempt++) {
+        int ret = push(r, (const struct io_uring_sqe *)staged + done, n - done);
+
+        done += r->pushed;
+        r->pushed = done;
+        if (ret < 0 && !passing_trouble(ret))
+            return ret;
+        r->enters++;
+        ret = io_uring_submit_and_get_events(&r->ring);
+        if (ret < 0 && !passing_trouble(ret))
+            return ret;
+        if (done == n && !io_uring_sq_ready(&r->ring))
+            return 0;
+        if (r->setup_flags & IORING_SETUP_SQPOLL)
+            sched_yield();
+        else
+            usleep(1000);
+    }
+    return -EAGAIN;
+}
+
+/* Closing does not end the kernel's use of memory named in SQEs: drain first. */
+void tu_free(struct tu_ring *r)
+{
+    if (r->open) {
+        if (belongs_to_parent(r))
+            close(r->ring_fd);
+        else
+            io_uring_queue_exit(&r->ring);
+    }
+    free(r);
+}

@@ -1,0 +1,27 @@
+"""Linux io_uring under trio: file and socket operations by completion, with trio's semantics."""
+
+from __future__ import annotations
+
+from . import lowlevel
+from ._core import UringStatistics
+from ._errors import FallbackWarning, RingError, UnavailableError, UnsupportedOperation
+from ._mount import install, run, statistics, uninstall
+from ._ring import Capabilities, RingConfig, capabilities, is_available, why_not
+
+__all__ = [
+    "Capabilities",
+    "FallbackWarning",
+    "RingConfig",
+    "RingError",
+    "UnavailableError",
+    "UnsupportedOperation",
+    "UringStatistics",
+    "capabilities",
+    "install",
+    "is_available",
+    "lowlevel",
+    "run",
+    "statistics",
+    "uninstall",
+    "why_not",
+]

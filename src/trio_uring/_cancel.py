@@ -1,0 +1,439 @@
+"""The life of one operation: every state, every transition, the abort function, what a CQE means for a task.
+
+Nothing else in this package decides that. The rules, and why they are so:
+
+* **The operation's own last CQE decides, never the cancel's.** A cancel may be acknowledged although the
+  operation had sent half its data, or come too late although it looks in time. So the abort function asks the
+  kernel (ASYNC_CANCEL by token), answers ``Abort.FAILED``, and the task stays parked until that CQE.
+  A result >= 0 is delivered even if a cancel was asked for: data that moved is never lost. trio raises
+  `trio.Cancelled` at the next checkpoint.
+* **What the kernel has not seen is simply taken back.** An operation that is only staged is neutralised and its
+  task released at once. This is also how a call inside a cancelled scope submits nothing: trio calls the abort
+  function as soon as the task parks, and the entry is still ours.
+* **A readiness poll carries no result and pins nothing**: its waiter is released at once, the kernel's cancel follows.
+* **Memory belongs to the operation until its last CQE**, not to the task: the task may be gone by then.
+  A zero-copy send has two: the result wakes the task, the notification (F_NOTIF) frees the buffer.
+* **A result nobody can take any more is disposed of** (an fd is closed).
+* **Tokens carry a generation**, so that a CQE for a former life of the slot is detected, not delivered.
+
+Whether an operation is STAGED or IN_FLIGHT is derived from the ring's count of submitted entries: one fact, one place.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
+
+import outcome
+import trio
+
+from ._abi import CQE_F_MORE, CQE_F_NOTIF, Opcode
+from ._errors import ERESTARTS, INTERRUPTED, RingError, os_error
+from ._trio_internals import make_trap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trio.lowlevel import RaiseCancelT, Task
+
+    from ._ring import SubmissionQueue
+
+INDEX_BITS: Final = 20
+INDEX_MASK: Final = (1 << INDEX_BITS) - 1
+_GENERATION: Final = 1 << INDEX_BITS
+
+
+class State(enum.IntEnum):
+    """Where an operation is in its life."""
+
+    IDLE = 0  #: in the pool; no task, no memory
+    STAGED = 1  #: its SQE is ours; a task is parked
+    IN_FLIGHT = 2  #: the kernel has it; a task is parked
+    CANCELLING = 3  #: the kernel has it and was asked to cancel; a task is parked
+    NOTIFYING = 4  #: the result is with the task; the kernel still reads the buffer
+    DETACHED = 5  #: the kernel has it; no task waits for it
+    SETTLED = 6  #: the kernel is done; the task has not picked the result up yet
+
+
+class Event(enum.IntEnum):
+    """What can happen to an operation."""
+
+    STAGE = 0  #: its SQE is filled
+    SUBMIT = 1  #: the ring hands its SQE to the kernel
+    ABORT = 2  #: trio wants the task back
+    CLOSE = 3  #: the fd is about to be closed
+    RELEASE = 4  #: as ABORT or CLOSE, for a readiness poll that is in flight
+    ABANDON = 5  #: the task is gone for good
+    RESULT_CQE = 6  #: a CQE with F_MORE: the result, but not the last CQE
+    LAST_CQE = 7  #: the last CQE
+    PICK_UP = 8  #: the task runs again and takes the result
+
+
+TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
+    State.IDLE: {
+        Event.STAGE: State.STAGED,
+    },
+    State.STAGED: {
+        Event.SUBMIT: State.IN_FLIGHT,
+        Event.ABORT: State.IDLE,
+        Event.CLOSE: State.IDLE,
+        Event.ABANDON: State.IDLE,
+    },
+    State.IN_FLIGHT: {
+        Event.ABORT: State.CANCELLING,
+        Event.CLOSE: State.CANCELLING,
+        Event.RELEASE: State.DETACHED,
+        Event.ABANDON: State.DETACHED,
+        Event.RESULT_CQE: State.NOTIFYING,
+        Event.LAST_CQE: State.SETTLED,
+    },
+    State.CANCELLING: {
+        Event.ABORT: State.CANCELLING,
+        Event.CLOSE: State.CANCELLING,
+        Event.ABANDON: State.DETACHED,
+        Event.RESULT_CQE: State.NOTIFYING,
+        Event.LAST_CQE: State.SETTLED,
+    },
+    State.NOTIFYING: {
+        Event.CLOSE: State.NOTIFYING,
+        Event.PICK_UP: State.DETACHED,
+        Event.ABANDON: State.DETACHED,
+        Event.LAST_CQE: State.SETTLED,
+    },
+    State.DETACHED: {
+        Event.CLOSE: State.DETACHED,
+        Event.RESULT_CQE: State.DETACHED,
+        Event.LAST_CQE: State.IDLE,
+    },
+    State.SETTLED: {
+        Event.CLOSE: State.SETTLED,
+        Event.PICK_UP: State.IDLE,
+        Event.ABANDON: State.IDLE,
+    },
+}
+
+# The hot transitions as arrays; None where the table has no such transition.
+_AFTER_LAST_CQE: Final = tuple(TRANSITIONS[state].get(Event.LAST_CQE) for state in State)
+_AFTER_PICK_UP: Final = tuple(TRANSITIONS[state].get(Event.PICK_UP) for state in State)
+
+_IDLE: Final = State.IDLE
+_IN_FLIGHT: Final = State.IN_FLIGHT
+_SETTLED: Final = State.SETTLED
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kind:
+    """One row of the operation table: everything the library knows about an operation.
+
+    Attributes:
+        name: the function in `trio_uring.lowlevel`.
+        opcode: the kernel's number.
+        since: the kernel that brought it, as ``"major.minor"``.
+        result: what a CQE's ``res`` >= 0 means.
+        summary: one line for the reference.
+        man: the manual page its meaning is taken from.
+        direction: the side of a socket it occupies: one task at a time. None: any number of tasks.
+        wait_for: poll events after which -EAGAIN is worth another try; 0: -EAGAIN goes to the caller.
+        success: negative results that mean success here.
+        dispose: what becomes of a result nobody can take; called with ``res`` and what the operation kept.
+        readiness: True for polls: no result, nothing pinned, not counted against ``max_in_flight``.
+        flags: the SQE's ``IOSQE_*`` flags.
+        ioprio: the SQE's ioprio field, which several opcodes use for flags of their own.
+    """
+
+    name: str
+    opcode: Opcode
+    since: str
+    result: Literal["count", "fd", "nothing", "struct"]
+    summary: str
+    man: str
+    direction: Literal["read", "write"] | None = None
+    wait_for: int = 0
+    success: frozenset[int] = frozenset()
+    dispose: Callable[[int, Any], object] | None = None
+    readiness: bool = False
+    flags: int = 0
+    ioprio: int = 0
+
+    @property
+    def head(self) -> int:
+        """The first four bytes of the SQE."""
+        return self.opcode | self.flags << 8 | self.ioprio << 16
+
+
+class Owner(Protocol):
+    """What an operation needs of the I/O manager that holds it."""
+
+    cancels_won: int
+    cancels_lost: int
+
+    @property
+    def ring(self) -> SubmissionQueue:
+        """Where SQEs are staged."""
+
+    @property
+    def wake(self) -> Callable[[Task, object], None]:
+        """Wakes a parked task with a value."""
+
+    def ask_cancel(self, operation: Operation) -> None:
+        """Stages an ASYNC_CANCEL for the operation."""
+
+    def release(self, operation: Operation) -> None:
+        """Takes an idle operation back into the pool."""
+
+
+class Verdict(enum.Enum):
+    """What a task does about a negative result that is not its to see."""
+
+    AGAIN = enum.auto()  #: interrupted before it did anything: submit it again
+    WHEN_READY = enum.auto()  #: would have blocked: wait for readiness, then submit it again
+
+
+def _raise_closed() -> NoReturn:
+    raise trio.ClosedResourceError("another task closed this fd")
+
+
+def _may_try_again(res: int) -> bool:
+    return res in (-errno.EINTR, -errno.EAGAIN) or res in ERESTARTS
+
+
+class Operation:
+    """A slot for one operation at a time, reused for the next.
+
+    It belongs to the coroutine that staged it from `begin` until the coroutine picks the result up. A task that is let
+    go earlier is sent an `outcome.Error` instead of a number, and the operation is none of its business any more.
+    """
+
+    __slots__ = (
+        "_state",
+        "fd",
+        "filename",
+        "home",
+        "interrupt",
+        "keep",
+        "kind",
+        "number",
+        "owner",
+        "pin",
+        "res",
+        "siblings",
+        "since",
+        "task",
+        "token",
+        "trap",
+    )
+
+    def __init__(self, index: int, owner: Owner, home: list[Operation]) -> None:
+        self.owner = owner
+        self.home = home
+        self.token = index
+        self.trap: Any = make_trap(self.abort)
+        self._state = _IDLE
+        self.task: Task | None = None
+        self.kind: Kind
+        self.fd = -1
+        self.pin: Any = None
+        self.keep: Any = None
+        self.filename: object = None
+        self.siblings: set[Operation]
+        self.number = 0
+        self.since = 0.0
+        self.res = 0
+        self.interrupt: Callable[[], NoReturn] | None = None
+
+    @property
+    def state(self) -> State:
+        """The state in the sense of `TRANSITIONS`."""
+        if (self._state is _IN_FLIGHT) and self.owner.ring.is_staged(self.number):
+            return State.STAGED
+        return self._state
+
+    def _move(self, event: Event) -> State:
+        """Makes a transition; the table decides whether there is one."""
+        state = self.state
+        try:
+            self._state = TRANSITIONS[state][event]
+        except KeyError:
+            raise RingError(f"{event.name} cannot happen to an operation that is {state.name}: {self!r}") from None
+        return self._state
+
+    def begin(self) -> int:
+        """IDLE -> STAGED. Returns the token for the SQE's user_data; the caller fills the SQE and sets ``number``."""
+        self._state = _IN_FLIGHT  # or STAGED, as the ring has it
+        self.token = token = self.token + _GENERATION
+        return token
+
+    def not_staged(self) -> None:
+        """Its SQE could not be filled: back to IDLE."""
+        self._state = _IDLE
+        self._let_go()
+
+    def complete(self, token: int, res: int, flags: int) -> None:
+        """A CQE with this operation's token has arrived."""
+        if token != self.token:
+            raise RingError(f"CQE {token:#x} is for a former life of {self!r}")
+        if flags & CQE_F_MORE:
+            self._complete_partly(res)
+            return
+        before = self._state
+        after = _AFTER_LAST_CQE[before]
+        if after is None:
+            raise RingError(f"unexpected CQE (res {res}) for {self!r}")
+        self._state = after
+        self.siblings.discard(self)
+        if before is not _IN_FLIGHT:
+            self._complete_late(before, res, flags)
+            return
+        if res >= 0 or not _may_try_again(res):
+            self.pin = self.keep = None
+        self.res = res
+        self.owner.wake(self.task, res)  # type: ignore[arg-type]
+
+    def _complete_partly(self, res: int) -> None:
+        """A result, while the kernel goes on reading the buffer."""
+        before = self._state
+        if self._move(Event.RESULT_CQE) is State.NOTIFYING:
+            if before is State.CANCELLING:
+                self._count_cancel(res)
+            assert self.task is not None
+            self.res = res
+            self.owner.wake(self.task, res)
+
+    def _complete_late(self, before: State, res: int, flags: int) -> None:
+        """The last CQE of an operation that was cancelled, detached or only waited for its notification."""
+        if before is State.NOTIFYING:  # res is a flag word; the task has been woken with the result
+            self.pin = self.keep = None
+        elif before is State.CANCELLING:
+            self._count_cancel(res)
+            if res >= 0 or not _may_try_again(res):
+                self.pin = self.keep = None
+            assert self.task is not None
+            self.res = res
+            self.owner.wake(self.task, res)
+        else:
+            if not flags & CQE_F_NOTIF:
+                self._count_cancel(res)
+                self._dispose(res)
+            self._let_go()
+
+    def _count_cancel(self, res: int) -> None:
+        if res in INTERRUPTED:
+            self.owner.cancels_won += 1
+        else:
+            self.owner.cancels_lost += 1
+
+    def _dispose(self, res: int) -> None:
+        if res >= 0 and self.kind.dispose is not None:
+            self.kind.dispose(res, self.keep)
+
+    def abort(self, raise_cancel: RaiseCancelT) -> trio.lowlevel.Abort:
+        """trio's abort function, for every parked operation."""
+        if self.task is None:  # a call after the end of the run, from the clean-up of an abandoned task
+            return trio.lowlevel.Abort.FAILED
+        if self.state is State.STAGED:
+            self._move(Event.ABORT)
+            self._take_back()
+            return trio.lowlevel.Abort.SUCCEEDED
+        if self.kind.readiness:
+            self._detach(Event.RELEASE)
+            return trio.lowlevel.Abort.SUCCEEDED
+        self._cancel_in_kernel(Event.ABORT, raise_cancel)
+        return trio.lowlevel.Abort.FAILED
+
+    def fd_closing(self) -> None:
+        """The fd is about to be closed: nothing may name it any more, and whoever waits must hear of it."""
+        task, state = self.task, self.state
+        if state is State.STAGED:
+            assert task is not None
+            self._move(Event.CLOSE)
+            self._take_back()
+            self.owner.wake(task, outcome.Error(trio.ClosedResourceError("another task closed this fd")))
+        elif state is State.IN_FLIGHT and self.kind.readiness:
+            assert task is not None
+            self._detach(Event.RELEASE)
+            self.owner.wake(task, outcome.Error(trio.ClosedResourceError("another task closed this fd")))
+        elif state is State.IN_FLIGHT:
+            self._cancel_in_kernel(Event.CLOSE, _raise_closed)
+        else:
+            self._move(Event.CLOSE)
+
+    def abandon(self) -> None:
+        """The task is gone for good (its run was torn down): nobody will pick the result up."""
+        state = self.state
+        if state is State.STAGED:
+            self._move(Event.ABANDON)
+            self._take_back()
+        elif state is State.SETTLED:
+            self._move(Event.ABANDON)
+            self._dispose(self.res)
+            self._let_go()
+        elif state is State.NOTIFYING:
+            self._move(Event.ABANDON)
+            self.task = None
+        elif state in (State.IN_FLIGHT, State.CANCELLING):
+            self._detach(Event.ABANDON)
+
+    def _cancel_in_kernel(self, event: Event, interrupt: Callable[[], NoReturn]) -> None:
+        asked_before = self._state is State.CANCELLING
+        self._move(event)
+        self.interrupt = interrupt
+        if not asked_before:
+            self.owner.ask_cancel(self)
+
+    def _detach(self, event: Event) -> None:
+        asked_before = self._state is State.CANCELLING
+        self._move(event)
+        self.task = None
+        self.interrupt = None
+        if not asked_before:
+            self.owner.ask_cancel(self)
+
+    def _take_back(self) -> None:
+        self.owner.ring.neutralise(self.number)
+        self.siblings.discard(self)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.task = None
+        self.pin = self.keep = None
+        self.filename = None
+        self.interrupt = None
+        self.owner.release(self)
+
+    def pick_up(self) -> None:
+        """The task runs again and has the result."""
+        after = _AFTER_PICK_UP[self._state]
+        if after is None:
+            raise RingError(f"{self!r} has no result to pick up")
+        self._state = after
+        if after is _IDLE:
+            self._let_go()
+        else:
+            self.task = None
+
+    def judge(self, res: int) -> Verdict:
+        """Picks up a negative result and says what it means for the task.
+
+        Raises:
+            trio.Cancelled: the operation was cancelled for the task's scope.
+            trio.ClosedResourceError: it was cancelled because its fd was closed.
+            OSError: anything else that is the caller's to know.
+        """
+        interrupt, kind, filename = self.interrupt, self.kind, self.filename
+        self.pick_up()
+        try:
+            if interrupt is not None and res in INTERRUPTED:
+                interrupt()
+            if res == -errno.EAGAIN and kind.wait_for:
+                return Verdict.WHEN_READY
+            if res == -errno.EINTR or res in ERESTARTS:
+                return Verdict.AGAIN
+            raise os_error(res, filename)
+        finally:
+            del interrupt  # it refers to the task, whose frames refer to this one
+
+    def __repr__(self) -> str:
+        name = self.kind.name if hasattr(self, "kind") else "-"
+        return f"<Operation {self.token:#x} {name} fd={self.fd} {self.state.name}>"

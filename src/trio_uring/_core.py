@@ -1,0 +1,543 @@
+"""The I/O manager: operations in slots, one `Ring.tick` per scheduler tick, tasks woken by CQEs.
+
+The data path of ``await recv(fd, buffer)``: the coroutine calls `UringIOManager.perform`, which takes an idle
+`Operation`, stages an SQE that carries its token, and parks the task on the operation's prebuilt trap. At the end of
+the scheduler's tick trio calls `get_events`: one call into C submits everything that was staged, waits, and brings
+the CQEs back as one list. `process_events` finds each operation by its token and lets it decide (`_cancel`). The
+task runs again with the bare result.
+
+Who owns what: the manager owns the ring, the slots and the two eventfds; an operation owns the memory the kernel
+uses; the coroutine owns the operation from `perform`'s start until it picks the result up.
+
+What trio asks of an I/O manager, beyond the obvious:
+
+* ``get_events`` is falsy **iff** the time-out expired: ``wait_all_tasks_blocked`` and the autojump clock build on it.
+* In guest mode ``get_events`` is called from worker threads. They may not enter the ring (it has one owner), and
+  requests they submitted would die with them. So they only wait, on an eventfd the kernel signals at completions.
+  Meanwhile whatever the host's callbacks stage (a cancel) is submitted at once; and a worker that is about to sleep
+  looks first whether something was staged before it announced itself. One of the two always sees the other.
+* An fd is about to be closed when ``notify_closing`` returns: every SQE that names it must be gone or resolved by the
+  kernel, or it might meet a reused fd number; and cancelled polls must have let go of the file, or the peer sees no
+  FIN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import select
+import threading
+import time
+import types
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
+
+import outcome
+import trio
+from trio.lowlevel import current_task, enable_ki_protection
+
+from . import _trio_internals
+from ._abi import Opcode
+from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State, Verdict
+from ._errors import UnavailableError, UnsupportedOperation
+from ._ring import Ring, RingConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from trio.lowlevel import Abort, RaiseCancelT, Task
+
+    from ._ring import SubmissionQueue
+
+_CANCEL_HEAD: Final = int(Opcode.ASYNC_CANCEL)
+_CANCEL_TOKEN: Final = 1 << INDEX_BITS  # slot 0, which only takes notice
+_POLL_HEAD: Final = int(Opcode.POLL_ADD)
+_MAX_RW_COUNT: Final = 0x7FFFF000  # what read(2) and write(2) transfer at most; the SQE's field has 32 bits
+_WAKEUP_INDEX: Final = 1
+_FIRST_INDEX: Final = 2
+
+DRAIN_SECONDS: Final = 10.0
+"""How long the end of a run waits for operations the kernel will not give back (a dead network mount)."""
+
+_kept_for_ever: list[Operation] = []
+
+POLL_IN: Final = Kind(
+    name="wait_readable",
+    opcode=Opcode.POLL_ADD,
+    since="5.1",
+    result="nothing",
+    summary="trio's wait for readability",
+    man="io_uring_prep_poll_add(3)",
+    direction="read",
+    readiness=True,
+)
+POLL_OUT: Final = Kind(
+    name="wait_writable",
+    opcode=Opcode.POLL_ADD,
+    since="5.1",
+    result="nothing",
+    summary="trio's wait for writability",
+    man="io_uring_prep_poll_add(3)",
+    direction="write",
+    readiness=True,
+)
+
+
+class HasFileno(Protocol):
+    """An object with a file descriptor."""
+
+    def fileno(self) -> int:
+        """The file descriptor's number."""
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """One operation in flight, for `UringStatistics.operations`.
+
+    Attributes:
+        operation: its name.
+        fd: the file descriptor, or a negative number if it has none.
+        task: name of the task that waits for it; None if nobody does any more.
+        age: seconds since it was staged, accurate to one scheduler tick.
+        state: its `State`, by name.
+    """
+
+    operation: str
+    fd: int
+    task: str | None
+    age: float
+    state: str
+
+
+@dataclass(frozen=True)
+class UringStatistics:
+    """The state of a run's ring.
+
+    Attributes:
+        tasks_waiting_read, tasks_waiting_write: tasks in ``wait_readable`` and ``wait_writable``, as in trio's own.
+        enters: ``io_uring_enter`` calls.
+        submits: ticks that handed at least one entry to the kernel.
+        sqes: entries handed to the kernel.
+        cqes: completions reaped.
+        cancels_asked: cancels requested of the kernel.
+        cancels_won: of these, how many operations ended cancelled.
+        cancels_lost: of these, how many had completed first.
+        overflows: times the completion queue overflowed (nothing is lost).
+        stalls: times the kernel took no entry for lack of memory.
+        in_flight: operations in flight now, of those that count against ``max_in_flight``.
+        peak: highest ``in_flight`` so far.
+        waiting_for_slot: tasks that wait because ``max_in_flight`` is reached.
+        operations: the live table of what is in flight, readiness polls included.
+        backend: ``"epoll"``, the value trio's own code understands.
+        engine: ``"io_uring"``.
+    """
+
+    tasks_waiting_read: int
+    tasks_waiting_write: int
+    enters: int
+    submits: int
+    sqes: int
+    cqes: int
+    cancels_asked: int
+    cancels_won: int
+    cancels_lost: int
+    overflows: int
+    stalls: int
+    in_flight: int
+    peak: int
+    waiting_for_slot: int
+    operations: tuple[InFlight, ...]
+    backend: Literal["epoll"] = field(default="epoll", init=False)
+    engine: Literal["io_uring"] = field(default="io_uring", init=False)
+
+
+class _Notices:
+    """Slot 0: CQEs that concern no task (acknowledged cancels, a wait that a signal ended)."""
+
+    def complete(self, token: int, res: int, flags: int) -> None:
+        """Nothing depends on them."""
+
+
+class _Wakeup:
+    """Slot 1: a poll on an eventfd, so that any thread can end a wait in the ring."""
+
+    def __init__(self, ring: SubmissionQueue) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._ring = ring
+        self.arm()
+
+    def arm(self) -> None:
+        self._ring.stage(_POLL_HEAD, self.fd, 0, 0, 0, select.POLLIN, _WAKEUP_INDEX)
+
+    def complete(self, token: int, res: int, flags: int) -> None:
+        _drain_eventfd(self.fd)
+        self.arm()
+
+
+def _drain_eventfd(fd: int) -> None:
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        pass
+
+
+class UringIOManager:
+    """trio's I/O manager on a ring. One for each run; trio makes and closes it.
+
+    Args:
+        config: see `RingConfig`.
+        ring: a ring to use instead of a new one (a simulated one in tests).
+
+    Raises:
+        UnavailableError: there can be no ring; the message says why.
+    """
+
+    wake = staticmethod(_trio_internals.wake)
+
+    def __init__(self, config: RingConfig, ring: Ring | None = None) -> None:
+        self.ring: Ring = Ring(config) if ring is None else ring
+        self.cancels_won = 0
+        self.cancels_lost = 0
+        self._config = config
+        self._owner: int | None = None
+        self._worker_waits = False
+        self._notify_fd: int | None = None
+        self._notify_wanted = False
+        self._closed = False
+        self._cancels_asked = 0
+        self._submits = 0
+        self._now = time.monotonic()
+        self._missing = frozenset(Opcode) - self.ring.supported
+        self._wakeup = _Wakeup(self.ring)
+        self._slots: list[Any] = [_Notices(), self._wakeup]
+        self._idle: list[Operation] = []
+        self._idle_polls: list[Operation] = []
+        self._counted_slots = 0
+        self._queue: OrderedDict[Task, None] = OrderedDict()
+        self._by_fd: dict[int, set[Operation]] = {}
+        self._unprocessed: Iterator[int] = iter(())
+        _this_thread.manager = self
+
+    # What trio calls
+
+    def get_events(self, timeout: float) -> list[int]:
+        """Submits, waits up to ``timeout`` seconds, reaps. Falsy if and only if the time-out expired."""
+        if threading.get_ident() != self._owner:
+            if self._owner is not None:
+                return self._wait_in_worker(timeout)
+            self.ring.enable()
+            self._owner = threading.get_ident()
+        ring = self.ring
+        if ring.tail != ring.base:
+            self._submits += 1
+        events = ring.tick(timeout)
+        self._now = time.monotonic()
+        if not events and self._notify_fd is not None:  # guest mode: a worker may be about to wait
+            ring.register_eventfd(self._notify_fd)
+        return events
+
+    def process_events(self, events: list[int]) -> None:
+        """Lets each operation that has a CQE in ``events`` decide what that means for its task."""
+        slots = self._slots
+        # Kept, so that the drain sees the rest if one of them fails.
+        rest = self._unprocessed = iter(events)
+        for token, res, flags in zip(rest, rest, rest):  # noqa: B905
+            slots[token & INDEX_MASK].complete(token, res, flags)
+        if self._notify_wanted:
+            self._notify_wanted = False
+            self._notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    async def wait_readable(self, fd: int | HasFileno) -> None:
+        """See `trio.lowlevel.wait_readable`. IORING_OP_POLL_ADD, Linux 5.1."""
+        await self.perform(POLL_IN, fd if isinstance(fd, int) else fd.fileno(), op_flags=select.POLLIN)
+
+    async def wait_writable(self, fd: int | HasFileno) -> None:
+        """See `trio.lowlevel.wait_writable`. IORING_OP_POLL_ADD, Linux 5.1."""
+        await self._until_writable(fd if isinstance(fd, int) else fd.fileno())
+
+    def notify_closing(self, fd: int | HasFileno) -> None:
+        """See `trio.lowlevel.notify_closing`. When it returns, no SQE names ``fd`` and no cancelled poll holds it."""
+        number = fd if isinstance(fd, int) else fd.fileno()
+        operations = self._by_fd.get(number)
+        if not operations or self._closed:
+            return
+        for operation in tuple(operations):
+            operation.fd_closing()
+        if operations and self._owner is not None:  # those that are left are with the kernel
+            self.ring.flush()
+
+    def force_wakeup(self) -> None:
+        """Ends the current or the next wait early. Callable from any thread."""
+        os.eventfd_write(self._wakeup.fd, 1)
+
+    def statistics(self) -> UringStatistics:
+        """A snapshot; see `UringStatistics`."""
+        in_flight = [op for op in self._operations() if op.state is not State.IDLE]
+        waiting = [op for op in in_flight if op.kind.readiness and op.task is not None]
+        ring = self.ring.counters()
+        return UringStatistics(
+            tasks_waiting_read=sum(op.kind is POLL_IN for op in waiting),
+            tasks_waiting_write=sum(op.kind is POLL_OUT for op in waiting),
+            enters=ring["enters"],
+            submits=self._submits,
+            sqes=ring["sqes"],
+            cqes=ring["cqes"],
+            cancels_asked=self._cancels_asked,
+            cancels_won=self.cancels_won,
+            cancels_lost=self.cancels_lost,
+            overflows=ring["overflows"],
+            stalls=ring["stalls"],
+            in_flight=sum(not op.kind.readiness for op in in_flight),
+            peak=self._counted_slots,  # a slot is made only when none is idle
+            waiting_for_slot=len(self._queue),
+            operations=tuple(
+                InFlight(
+                    operation=op.kind.name,
+                    fd=op.fd,
+                    task=None if op.task is None else op.task.name,
+                    age=max(0.0, time.monotonic() - op.since),
+                    state=op.state.name,
+                )
+                for op in in_flight
+            ),
+        )
+
+    def close(self) -> None:
+        """Cancels what is in flight, drains the ring to the last CQE, then closes it.
+
+        If draining fails, the memory of the operations that are left stays allocated for ever, with a warning:
+        the kernel may still write to it.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self.perform = _no_manager.perform  # type: ignore[method-assign]  # for late calls
+        if _this_thread.manager is self:
+            del _this_thread.manager
+        try:
+            if not self.ring.forked:
+                self._drain()
+        finally:
+            self.ring.close()
+            os.close(self._wakeup.fd)
+            if self._notify_fd is not None:
+                os.close(self._notify_fd)
+            self._slots.clear()  # breaks the cycle operation -> trap -> abort -> operation
+
+    # What operations call
+
+    def ask_cancel(self, operation: Operation) -> None:
+        """Stages an ASYNC_CANCEL; the operation's own CQE will tell what came of it."""
+        self._cancels_asked += 1
+        self.ring.stage(_CANCEL_HEAD, -1, 0, operation.token, 0, 0, _CANCEL_TOKEN)
+        if self._worker_waits:
+            self.ring.flush()
+
+    def release(self, operation: Operation) -> None:
+        """Takes an idle operation back, or hands it to the task that waits longest for one."""
+        if self._queue and operation.home is self._idle and not self._closed:
+            task, _ = self._queue.popitem(last=False)
+            trio.lowlevel.reschedule(task, outcome.Value(operation))
+        else:
+            operation.home.append(operation)
+
+    # What `lowlevel` calls
+
+    @enable_ki_protection
+    @types.coroutine
+    def perform(
+        self,
+        kind: Kind,
+        fd: int = -1,
+        off: int = 0,
+        pin: Any = None,
+        length: int = 0,
+        op_flags: int = 0,
+        *,
+        addr: int = 0,
+        via: int | None = None,
+        keep: Any = None,
+        filename: object = None,
+    ) -> Generator[Any, Any, int]:
+        """Runs one operation to its end and returns the CQE's ``res``. A checkpoint in any case.
+
+        Args:
+            kind: the row of the operation table.
+            fd, off, length, op_flags, addr: the SQE's fields. ``length`` -1 is "all of ``pin``".
+            via: the fd for the SQE, if it is not ``fd`` itself.
+            pin: a cffi buffer or struct whose address goes into ``addr``; the operation owns it until its last CQE.
+            keep: whatever else the kernel reads or writes; owned likewise.
+            filename: for the OSError.
+
+        Raises:
+            trio.BusyResourceError: another task uses this direction of the fd.
+            trio.ClosedResourceError: the fd was closed meanwhile.
+            UnsupportedOperation: the kernel lacks the operation.
+            OSError: the operation failed.
+        """
+        if kind.opcode in self._missing:
+            raise UnsupportedOperation(
+                errno.EOPNOTSUPP,
+                f"this kernel lacks IORING_OP_{kind.opcode.name} ({kind.name}); Linux {kind.since} brought it",
+            )
+        while True:
+            task = current_task()
+            pool = self._idle_polls if kind.readiness else self._idle
+            operation: Operation = pool.pop() if pool else (yield from self._another_slot(kind, task))
+            siblings = self._by_fd.get(fd)
+            if siblings is None:
+                siblings = self._by_fd[fd] = set()
+            elif siblings and kind.direction is not None:
+                self._check_not_busy(kind, siblings, operation)
+            operation.task = task
+            operation.kind = kind
+            operation.fd = fd
+            operation.filename = filename
+            operation.pin = pin
+            operation.keep = keep
+            operation.since = self._now
+            operation.siblings = siblings
+            if length < 0:
+                length = min(len(pin), _MAX_RW_COUNT)
+            try:
+                operation.number = self.ring.stage(
+                    kind.head, fd if via is None else via, off, addr, length, op_flags, operation.begin(), pin
+                )
+            except BaseException:
+                operation.not_staged()
+                raise
+            siblings.add(operation)
+            pin = keep = None  # from here on the operation owns them
+
+            try:
+                res = yield operation.trap
+            except BaseException:  # the coroutine is being closed: its run was torn down
+                if operation.task is task:
+                    operation.abandon()
+                raise
+            if type(res) is not int:
+                res = res.unwrap()
+            if res >= 0 or res in kind.success:
+                operation.pick_up()
+                return res  # type: ignore[no-any-return]
+            pin, keep = operation.pin, operation.keep
+            if operation.judge(res) is Verdict.AGAIN:
+                continue
+            if kind.wait_for == select.POLLOUT:
+                yield from self._until_writable(fd)
+            else:
+                yield from self.perform(POLL_IN, fd, op_flags=kind.wait_for)
+
+    @enable_ki_protection
+    @types.coroutine
+    def _until_writable(self, fd: int) -> Generator[Any, Any, None]:
+        """Waits for POLLOUT alone. io_uring always reports POLLRDHUP as well, at once and for ever after the peer's
+        half-close, although there may be no room. epoll can be told not to. So in that case, a rare one, the ring
+        waits for an epoll that waits for the fd.
+        """
+        revents = yield from self.perform(POLL_OUT, fd, op_flags=select.POLLOUT)
+        if revents != select.POLLRDHUP:
+            return
+        with contextlib.closing(select.epoll()) as epoll:
+            epoll.register(fd, select.EPOLLOUT)
+            yield from self.perform(POLL_OUT, fd, op_flags=select.POLLIN, via=epoll.fileno())
+
+    def _another_slot(self, kind: Kind, task: Task) -> Generator[Any, Any, Operation]:
+        """A new slot, or the next one to become free if there may be no more."""
+        if kind.readiness:
+            return self._new_slot(self._idle_polls)
+        if self._counted_slots < self._config.max_in_flight:
+            self._counted_slots += 1
+            return self._new_slot(self._idle)
+
+        def abort(_: RaiseCancelT) -> Abort:
+            del self._queue[task]
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        self._queue[task] = None
+        operation: Operation = yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105
+        return operation
+
+    def _new_slot(self, home: list[Operation]) -> Operation:
+        operation = Operation(len(self._slots), self, home)
+        self._slots.append(operation)
+        return operation
+
+    def _check_not_busy(self, kind: Kind, siblings: set[Operation], operation: Operation) -> None:
+        for other in siblings:
+            if other.kind.direction == kind.direction and other.task is not None:
+                self.release(operation)
+                raise trio.BusyResourceError(f"another task is already using this fd to {kind.direction}")
+
+    # Guest mode
+
+    def _wait_in_worker(self, timeout: float) -> list[int]:
+        """`get_events` in a thread that may not enter the ring: waits, and has `process_events` reap."""
+        if self._notify_fd is None:
+            self._notify_wanted = True  # only the owner may register one
+            return [0, 0, 0]
+        self._worker_waits = True
+        try:
+            _drain_eventfd(self._notify_fd)
+            if self.ring.staged or self.ring.pending():
+                return [0, 0, 0]
+            poll = select.poll()
+            poll.register(self._notify_fd, select.POLLIN)
+            poll.register(self._wakeup.fd, select.POLLIN)
+            return [0, 0, 0] if poll.poll(math.ceil(timeout * 1000)) else []
+        finally:
+            self._worker_waits = False
+
+    # Tear-down
+
+    def _operations(self) -> list[Operation]:
+        return self._slots[_FIRST_INDEX:]
+
+    def _in_kernel(self) -> list[Operation]:
+        return [op for op in self._operations() if op.state is not State.IDLE]
+
+    def _drain(self) -> None:
+        for operation in self._in_kernel():
+            operation.abandon()
+        if not self._in_kernel():
+            return
+        self.process_events(list(self._unprocessed))
+        deadline = time.monotonic() + DRAIN_SECONDS
+        if threading.get_ident() == self._owner:
+            while self._in_kernel() and (left := deadline - time.monotonic()) > 0:
+                self.process_events(self.ring.tick(min(left, 1.0)))
+        left_over = self._in_kernel()
+        if left_over:
+            _kept_for_ever.extend(left_over)
+            warnings.warn(
+                f"the run ended with {len(left_over)} operations the kernel did not give back; "
+                f"their memory stays allocated: {left_over[:5]}",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+
+class _NoManager:
+    """Stands where the manager would be in a thread whose run has no ring."""
+
+    def perform(self, kind: Kind, *args: object, **kwargs: object) -> NoReturn:
+        current_task()  # outside of any run: trio's own error
+        raise UnavailableError(
+            errno.EOPNOTSUPP,
+            f"{kind.name} needs a ring, and this trio run has none; start it with trio_uring.run(), "
+            "or call trio_uring.install() before the run starts",
+        )
+
+
+_no_manager: Final = _NoManager()
+
+
+class _ThisThread(threading.local):
+    manager: Any = _no_manager
+
+
+_this_thread: Final = _ThisThread()

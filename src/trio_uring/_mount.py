@@ -1,0 +1,173 @@
+"""How a manager is tied to a run: the run's I/O manager *is* the ring.
+
+trio makes its I/O manager by calling the module global ``TheIOManager`` in ``setup_runner``. While somebody wants
+rings, a dispatching class stands there and decides for each run, in the thread that starts it: `run` asks for a ring
+for the run it is about to start, `install` for every run from then on. Other runs get trio's own manager.
+The dispatcher is a subclass of `UringIOManager`, so that what is patched on ``TheIOManager`` takes effect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import trio
+
+from . import _trio_internals
+from ._core import UringIOManager, UringStatistics, _this_thread
+from ._errors import FallbackWarning, UnavailableError
+from ._ring import RingConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Args = TypeVarTuple("Args")
+
+T = TypeVar("T")
+
+
+class _Requests(threading.local):
+    """What this thread wants for the run it is about to start; None: no wish."""
+
+    config: RingConfig | None = None
+
+
+_requests: Final = _Requests()
+_lock: Final = threading.Lock()
+_users = 0
+_installed: RingConfig | None = None
+_stock: type[Any] = _trio_internals.io_manager_class()
+
+
+class TheIOManager(UringIOManager):
+    """Stands in trio's place of that name: makes the manager for the run that is being set up."""
+
+    def __new__(cls) -> Any:
+        config = _requests.config or _installed
+        if config is None or config.effective_mode == "off":
+            return _stock()
+        manager = super().__new__(cls)
+        try:
+            UringIOManager.__init__(manager, config)
+        except UnavailableError as exc:
+            if config.effective_mode == "require":
+                raise
+            _warn(exc.strerror or str(exc))
+            return _stock()
+        return manager
+
+    def __init__(self) -> None:
+        """`__new__` has done it: whether there can be a ring decides which class is made."""
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"io_uring is not used: {reason}", FallbackWarning, stacklevel=4)
+
+
+def _native_mount_possible(config: RingConfig) -> bool:
+    """False, with a warning, if this trio's I/O manager cannot be replaced."""
+    problem = _trio_internals.NATIVE_PROBLEM
+    if problem is None:
+        return True
+    reason = f"trio {trio.__version__} has changed inside ({problem}); use the trio release this was tested with"
+    if config.effective_mode == "require":
+        raise UnavailableError(errno.EOPNOTSUPP, reason)
+    if config.effective_mode == "auto":
+        _warn(reason)
+    return False
+
+
+def _add_user(n: int) -> None:
+    global _users, _stock
+    with _lock:
+        if _users == 0:
+            _stock = _trio_internals.io_manager_class()
+            _trio_internals.set_io_manager_class(TheIOManager)
+        _users += n
+        if _users == 0:
+            _trio_internals.set_io_manager_class(_stock)
+
+
+@contextlib.contextmanager
+def _requested(config: RingConfig) -> Iterator[None]:
+    before, _requests.config = _requests.config, config
+    _add_user(1)
+    try:
+        yield
+    finally:
+        _requests.config = before
+        _add_user(-1)
+
+
+def run(
+    async_fn: Callable[[Unpack[Args]], Awaitable[T]],
+    *args: Unpack[Args],
+    config: RingConfig | None = None,
+    **trio_run_kwargs: Any,
+) -> T:
+    """`trio.run`, with a ring as the run's I/O manager.
+
+    Args:
+        async_fn, args: what to run.
+        config: see `RingConfig`.
+        trio_run_kwargs: for `trio.run`: ``clock``, ``instruments`` and so on.
+
+    Raises:
+        UnavailableError: ``mode`` is ``"require"`` and there can be no ring.
+
+    Warns:
+        FallbackWarning: ``mode`` is ``"auto"`` and there can be no ring; the run uses trio's own I/O manager.
+    """
+    config = config or RingConfig()
+    if not _native_mount_possible(config):
+        return trio.run(async_fn, *args, **trio_run_kwargs)
+    with _requested(config):
+        return trio.run(async_fn, *args, **trio_run_kwargs)
+
+
+def install(config: RingConfig | None = None) -> None:
+    """Gives a ring to every later run of this process, however it is started.
+
+    That is `trio.run`, `trio.lowlevel.start_guest_run`, ``anyio.run(backend="trio")`` and whatever calls them.
+    Runs that are under way keep what they have. Calling it again replaces the configuration.
+
+    Args:
+        config: see `RingConfig`.
+
+    Raises:
+        UnavailableError: ``mode`` is ``"require"`` and this trio cannot be mounted on.
+    """
+    global _installed
+    config = config or RingConfig()
+    if not _native_mount_possible(config):
+        return
+    if _installed is None:
+        _add_user(1)
+    _installed = config
+
+
+def uninstall() -> None:
+    """Undoes `install`: later runs get trio's own I/O manager again. Does nothing if nothing is installed."""
+    global _installed
+    if _installed is not None:
+        _installed = None
+        _add_user(-1)
+
+
+def statistics() -> UringStatistics:
+    """The state of the current run's ring.
+
+    Raises:
+        RuntimeError: not inside a trio run.
+        UnavailableError: the run has no ring.
+    """
+    trio.lowlevel.current_statistics()
+    manager = _this_thread.manager
+    if not isinstance(manager, UringIOManager):
+        raise UnavailableError(errno.EOPNOTSUPP, "this trio run has no ring; start it with trio_uring.run()")
+    return manager.statistics()

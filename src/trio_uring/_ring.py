@@ -1,0 +1,487 @@
+"""The ring: set-up, staging of SQEs, the tick, close. No trio, no tasks.
+
+Facts about the kernel, and what follows from them:
+
+* **DEFER_TASKRUN** (6.1) makes completions appear only when the owner asks for them. That is cheaper, and it
+  closes most cancel races (an accept that is cancelled just after its client connected does not
+  produce a connection nobody asked for). It needs SINGLE_ISSUER: the thread that *enables* the ring
+  owns it, and every call from another thread fails with EEXIST. So a ring is created disabled and
+  enabled by the thread that runs. Kernels that refuse a flag get the next rung of the ladder.
+* **Queue full is no error.** SQEs are staged in memory of our own and the shim pushes them through the
+  kernel's queue in as many rounds as it takes. A ring of one entry works; no cancel is ever dropped.
+* **What is staged is still ours.** Until the tick the kernel knows nothing of an entry, and it can be
+  taken back (`neutralise`). Each entry has a sequence number; comparing it with `base` tells whether
+  the kernel has it. No per-operation bookkeeping at submit, hence none to get wrong.
+* **The CQ may overflow** without losing anything (NODROP): the kernel keeps the rest and the shim
+  fetches it. -EBADR would mean that a completion is lost, and with it a task: fatal and loud.
+* **A ring survives fork badly**: parent and child would share it. The mappings are not inherited and
+  the shim refuses every call of the child.
+
+Sources: io_uring_setup(2), io_uring_enter(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from . import _native
+from ._abi import Feature, Opcode, Setup
+from ._errors import RingError, UnavailableError, unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ffi: Final = _native.ffi
+lib: Final = _native.lib
+
+# opcode|flags|ioprio, fd, off, addr, len, op flags, user_data; what follows is zero unless `extra` is given
+_SQE: Final = struct.Struct("<IiqQIIQ24x")
+_SQE_EXTRA_AT: Final = 40
+_SQE_EXTRA: Final = struct.Struct("<HHiQQ")  # buf_index, personality, file_index, addr3, pad
+_SQE_SIZE: Final = 64
+_ADDR_AT: Final = 2  # the addr field, in units of 8 bytes
+
+_NEUTRALISED: Final = lib.TU_NEUTRALISED
+_tick: Final = lib.tu_tick
+_ETIME: Final = -errno.ETIME
+
+INTERRUPTION: Final = 0
+"""user_data of a CQE that no SQE caused: a wait ended early (a signal), and nothing else happened."""
+
+_BASE: Final = Setup.R_DISABLED | Setup.CQSIZE | Setup.CLAMP
+_LADDER: Final = (
+    _BASE | Setup.SUBMIT_ALL | Setup.TASKRUN_FLAG | Setup.SINGLE_ISSUER | Setup.DEFER_TASKRUN,  # 6.1
+    _BASE | Setup.SUBMIT_ALL | Setup.TASKRUN_FLAG | Setup.SINGLE_ISSUER | Setup.COOP_TASKRUN,  # 6.0
+    _BASE | Setup.SUBMIT_ALL | Setup.TASKRUN_FLAG | Setup.COOP_TASKRUN,  # 5.19
+    _BASE | Setup.SUBMIT_ALL,  # 5.18
+    _BASE,  # 5.11
+)
+# A submission thread excludes every flag about task work.
+_SQPOLL_LADDER: Final = (
+    _BASE | Setup.SQPOLL | Setup.SUBMIT_ALL | Setup.SINGLE_ISSUER,
+    _BASE | Setup.SQPOLL | Setup.SUBMIT_ALL,
+    _BASE | Setup.SQPOLL,
+)
+
+_MAX_ENTRIES: Final = 32768
+_MAX_CQ_ENTRIES: Final = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingConfig:
+    """How the ring of a run is set up.
+
+    Args:
+        entries: Size of the submission queue, 1 to 32768; the kernel rounds up to a power of two. More
+            operations than this in one tick cost one more system call per ``entries``.
+        cq_entries: Size of the completion queue; by default large enough for ``max_in_flight``.
+        max_in_flight: How many operations may be in flight at once. Further ones wait their turn, first
+            come, first served. Waits for readiness (``trio.lowlevel.wait_readable`` and everything built on
+            it) do not count.
+        max_workers: Upper limit of the kernel's worker threads for this ring: one for bounded work
+            (regular files), one for unbounded work (pipes, ttys, FIFOs). 0 keeps the kernel's default.
+        sqpoll: Let a kernel thread poll the submission queue. It occupies a core; measure first.
+        mode: ``"auto"`` uses io_uring where it can be had and otherwise warns and runs without;
+            ``"require"`` raises :exc:`UnavailableError` instead; ``"off"`` runs without.
+            The environment variable ``TRIO_URING`` overrides it.
+
+    Raises:
+        ValueError: a number out of range, an unknown mode.
+    """
+
+    entries: int = 256
+    cq_entries: int | None = None
+    max_in_flight: int = 16384
+    max_workers: tuple[int, int] = (0, 256)
+    sqpoll: bool = False
+    mode: Literal["auto", "require", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.entries <= _MAX_ENTRIES:
+            raise ValueError(f"entries must be 1 to {_MAX_ENTRIES}, not {self.entries}")
+        if self.cq_entries is not None and not self.entries <= self.cq_entries <= _MAX_CQ_ENTRIES:
+            raise ValueError(f"cq_entries must be {self.entries} (entries) to {_MAX_CQ_ENTRIES}, not {self.cq_entries}")
+        if self.max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be at least 1, not {self.max_in_flight}")
+        if min(self.max_workers) < 0:
+            raise ValueError(f"max_workers must not be negative: {self.max_workers}")
+        check_mode(self.mode, "mode")
+
+    @property
+    def effective_cq_entries(self) -> int:
+        """The completion queue's size that is asked of the kernel."""
+        if self.cq_entries is not None:
+            return self.cq_entries
+        return min(max(self.max_in_flight, 2 * self.entries), _MAX_CQ_ENTRIES)
+
+    @property
+    def effective_mode(self) -> str:
+        """The mode after the environment variable ``TRIO_URING`` has had its say."""
+        return mode_from_environment() or self.mode
+
+
+def check_mode(mode: str, source: str) -> str:
+    """``mode`` if it is one; ``source`` names where it came from."""
+    if mode not in ("auto", "require", "off"):
+        raise ValueError(f'{source} must be "auto", "require" or "off", not {mode!r}')
+    return mode
+
+
+def mode_from_environment() -> str | None:
+    """What ``TRIO_URING`` asks for, or None. Read before any io_uring system call: some sandboxes kill for one."""
+    mode = os.environ.get("TRIO_URING")
+    return check_mode(mode.lower(), "the environment variable TRIO_URING") if mode else None
+
+
+class SubmissionQueue:
+    """SQEs staged in memory of ours, numbered from 0 in the order in which they are staged.
+
+    ``base`` is the number of the first entry the kernel has not been given, ``tail`` the number of the next to be
+    staged. `Ring` and the simulated ring of `trio_uring.testing` share this part.
+    """
+
+    __slots__ = ("_bytes", "_capacity", "_memory", "_pointers", "base", "tail")
+
+    def __init__(self, capacity: int = 512) -> None:
+        self.base = 0
+        self.tail = 0
+        self._allocate(capacity)
+
+    def _allocate(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._memory = ffi.new("char[]", _SQE_SIZE * capacity)
+        self._bytes = memoryview(ffi.buffer(self._memory)).cast("B")
+        self._pointers = ffi.cast("void **", self._memory)
+
+    def stage(
+        self,
+        head: int,
+        fd: int,
+        off: int,
+        addr: int,
+        length: int,
+        op_flags: int,
+        user_data: int,
+        pin: Any = None,
+        extra: tuple[int, int, int, int] | None = None,
+    ) -> int:
+        """Stages one SQE and returns its number.
+
+        Args:
+            head: ``opcode | sqe flags << 8 | ioprio << 16``.
+            fd, off, addr, length, op_flags, user_data: the SQE's fields of that meaning. ``off`` -1 is "the
+                file's position".
+            pin: a cffi pointer or array that becomes ``addr``. The caller keeps it alive.
+            extra: ``buf_index, personality, file_index, addr3``, for the opcodes that use them.
+
+        Raises:
+            OverflowError: a value does not fit its field. Nothing is staged.
+        """
+        number = self.tail
+        index = number - self.base
+        if index == self._capacity:
+            self._grow()
+        # The entry is ours before it is filled: whatever runs in between (a finaliser) stages behind it.
+        self.tail = number + 1
+        try:
+            _SQE.pack_into(self._bytes, index << 6, head, fd, off, addr, length, op_flags, user_data)
+            if extra is not None:
+                _SQE_EXTRA.pack_into(self._bytes, (index << 6) + _SQE_EXTRA_AT, *extra, 0)
+        except struct.error as exc:
+            self.neutralise(number)
+            raise OverflowError(f"an argument does not fit the submission queue entry: {exc}") from None
+        if pin is not None:
+            self._pointers[(index << 3) + _ADDR_AT] = pin
+        return number
+
+    def is_staged(self, number: int) -> bool:
+        """True while the kernel does not know of this entry."""
+        return number >= self.base
+
+    def neutralise(self, number: int) -> None:
+        """Takes a staged entry back: the kernel will never see it."""
+        if number == self.tail - 1:
+            self.tail = number
+        else:
+            self._bytes[(number - self.base) << 6] = _NEUTRALISED
+
+    @property
+    def staged(self) -> int:
+        """How many entries wait for the next tick."""
+        return self.tail - self.base
+
+    def _grow(self) -> None:
+        old, used = self._memory, _SQE_SIZE * self._capacity
+        self._allocate(2 * self._capacity)
+        ffi.memmove(self._memory, old, used)
+
+    def _consumed(self, n: int) -> None:
+        """The first ``n`` staged entries are with the kernel."""
+        self.base += n
+        if self.staged:
+            ffi.memmove(self._memory, self._memory + _SQE_SIZE * n, _SQE_SIZE * self.staged)
+
+
+class Ring(SubmissionQueue):
+    """One io_uring instance. Created disabled by any thread, then used by the thread that calls `enable`.
+
+    Args:
+        config: see `RingConfig`.
+
+    Raises:
+        UnavailableError: the kernel, a sandbox or a limit forbids it; the message says which.
+    """
+
+    __slots__ = ("_cqes", "_ring", "config", "supported")
+
+    def __init__(self, config: RingConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._ring: Any = None
+        ring = lib.tu_new()
+        if ring == ffi.NULL:
+            raise MemoryError
+        try:
+            self._open(ring)
+            self.supported = _probe(ring)
+        except BaseException:
+            lib.tu_free(ring)
+            raise
+        self._ring = ring
+        self._cqes = memoryview(ffi.buffer(ring.cqes, 24 * lib.TU_CQES_PER_TICK)).cast("B").cast("q")
+
+    def _open(self, ring: Any) -> None:
+        config = self.config
+        for flags in _SQPOLL_LADDER if config.sqpoll else _LADDER:
+            res = lib.tu_open(ring, config.entries, config.effective_cq_entries, flags)
+            if res == 0:
+                return
+            if res != -errno.EINVAL:
+                break
+        raise unavailable(-res)
+
+    def enable(self) -> None:
+        """Makes the calling thread the owner: only it may call `tick`, `flush` and `register_eventfd` from now on."""
+        self._check(lib.tu_enable(self._live(), *self.config.max_workers))
+
+    def tick(self, timeout: float) -> list[int]:
+        """Submits what is staged, waits for a completion, reaps. No system call if there is nothing to do.
+
+        Args:
+            timeout: seconds to wait for the first completion; 0 does not wait.
+
+        Returns:
+            ``[user_data, res, flags, ...]``, three numbers for each CQE; empty if and only if the time-out expired.
+            A wait that ended early for another reason gives one CQE with user_data `INTERRUPTION`.
+
+        Raises:
+            RingError: forked child, foreign thread, closed ring, a lost completion.
+        """
+        tail = self.tail
+        got = _tick(self._ring, self._memory, tail - self.base, int(timeout * 1e9))
+        if got > 0:
+            self.base = tail
+            return self._cqes[: 3 * got].tolist()
+        if got == _ETIME:
+            self.base = tail
+            return []
+        return self._troubled_tick(got)
+
+    def _troubled_tick(self, got: int) -> list[int]:
+        if got in (-errno.EINTR, -errno.EAGAIN):
+            self._consumed(self._ring.pushed)
+            return self._cqes[: 3 * self._ring.reaped].tolist() or [INTERRUPTION, 0, 0]
+        self._check(got)
+        raise AssertionError(got)
+
+    def flush(self) -> None:
+        """Gives everything staged to the kernel now. Completions stay in the ring for the next tick."""
+        ring = self._live()
+        res = lib.tu_flush(ring, self._memory, self.staged)
+        if res != -errno.EOWNERDEAD:
+            self._consumed(ring.pushed)
+        self._check(res)
+
+    def pending(self) -> bool:
+        """Is there something to reap? Any thread may ask."""
+        res: int = self._check(lib.tu_pending(self._live()))
+        return bool(res)
+
+    def register_eventfd(self, fd: int) -> None:
+        """Has the kernel signal ``fd`` at completions. To be called anew before each wait on ``fd``: the kernel
+        signals a completion that an eventfd caused only once per registration.
+        """
+        self._check(lib.tu_register_eventfd(self._live(), fd))
+
+    @property
+    def fd(self) -> int:
+        """The ring's file descriptor."""
+        fd: int = self._live().ring_fd
+        return fd
+
+    @property
+    def forked(self) -> bool:
+        """True in a child of the process that made the ring."""
+        return bool(lib.tu_pending(self._live()) == -errno.EOWNERDEAD)
+
+    @property
+    def setup_flags(self) -> Setup:
+        """The set-up flags the kernel accepted."""
+        return Setup(self._live().setup_flags)
+
+    @property
+    def features(self) -> Feature:
+        """The features the kernel reports."""
+        return Feature(self._live().features)
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """Sizes of the submission and the completion queue, as the kernel made them."""
+        ring = self._live()
+        return ring.sq_entries, ring.cq_entries
+
+    def counters(self) -> dict[str, int]:
+        """Totals so far: ``enters, sqes, cqes, overflows, stalls``."""
+        ring = self._live()
+        return {
+            "enters": ring.enters,
+            "sqes": ring.sqes,
+            "cqes": ring.cqes_seen,
+            "overflows": ring.overflows,
+            "stalls": ring.stalls,
+        }
+
+    def close(self) -> None:
+        """Closes the ring. Idempotent.
+
+        This does **not** end the kernel's use of memory named in SQEs. Reap the last CQE of every operation first.
+        """
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            self._cqes.release()
+            lib.tu_free(ring)
+
+    @property
+    def closed(self) -> bool:
+        """True after `close`."""
+        return self._ring is None
+
+    def __del__(self) -> None:
+        # An attribute may be missing if __init__ failed early.
+        if getattr(self, "_ring", None) is not None:
+            self.close()
+
+    def __repr__(self) -> str:
+        return "<Ring closed>" if self.closed else f"<Ring fd={self.fd} {self.setup_flags!r} staged={self.staged}>"
+
+    def _live(self) -> Any:
+        if self._ring is None:
+            raise RingError("this ring is closed")
+        return self._ring
+
+    def _check(self, res: int) -> int:
+        if res >= 0:
+            return res
+        if res == -errno.EOWNERDEAD:
+            raise RingError("this ring belongs to the parent process; a forked child must start a run of its own")
+        if res == -errno.EEXIST:
+            raise RingError("this ring belongs to another thread; only the thread that enabled it may use it")
+        if res == -errno.EBADR:
+            raise RingError(
+                "the kernel dropped a completion for lack of memory; operations in flight cannot be trusted"
+            )
+        if res == -errno.EBADFD:
+            raise RingError("this ring is not enabled yet")
+        raise OSError(-res, f"io_uring: {os.strerror(-res)}")
+
+
+def _probe(ring: Any) -> frozenset[int]:
+    supported = ffi.new("uint8_t[256]")
+    res = lib.tu_probe(ring, supported, 256)
+    if res < 0:
+        raise unavailable(-res)
+    return frozenset(op for op in range(256) if supported[op])
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What io_uring offers here: measured by setting up a ring, never guessed from a version number.
+
+    Attributes:
+        kernel: release of the running kernel.
+        liburing: version of the headers this was built with.
+        setup_flags: set-up flags the kernel accepted, by name.
+        features: features the kernel reports, by name.
+        operations: operations the kernel supports, by name.
+        missing: operations known to this library that the kernel lacks, by name.
+    """
+
+    kernel: str
+    liburing: str
+    setup_flags: tuple[str, ...]
+    features: tuple[str, ...]
+    operations: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, str | list[str]]:
+        """The same as plain lists and strings, ready for JSON."""
+        return {k: v if isinstance(v, str) else list(v) for k, v in vars(self).items()}
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"kernel      {self.kernel}",
+                f"liburing    {self.liburing}",
+                f"set-up      {' '.join(self.setup_flags)}",
+                f"features    {' '.join(self.features)}",
+                f"operations  {len(self.operations)} supported",
+                f"missing     {' '.join(self.missing) or 'none'}",
+            )
+        )
+
+
+@contextlib.contextmanager
+def _trial_ring() -> Iterator[Ring]:
+    if mode_from_environment() == "off":
+        raise UnavailableError(errno.EPERM, "the environment variable TRIO_URING switches io_uring off")
+    ring = Ring(RingConfig(entries=2, max_in_flight=4))
+    try:
+        yield ring
+    finally:
+        ring.close()
+
+
+def capabilities() -> Capabilities:
+    """What io_uring offers in this process.
+
+    Raises:
+        UnavailableError: it is not available; see `why_not`.
+    """
+    with _trial_ring() as ring:
+        return Capabilities(
+            kernel=os.uname().release,
+            liburing=f"{lib.TU_LIBURING_MAJOR}.{lib.TU_LIBURING_MINOR}",
+            setup_flags=tuple(flag.name or "" for flag in Setup if flag in ring.setup_flags),
+            features=tuple(flag.name or "" for flag in Feature if flag in ring.features),
+            operations=tuple(op.name for op in Opcode if op in ring.supported),
+            missing=tuple(op.name for op in Opcode if op not in ring.supported),
+        )
+
+
+def why_not() -> str | None:
+    """One sentence that says why io_uring is not available here, with the remedy; None if it is."""
+    try:
+        with _trial_ring():
+            return None
+    except UnavailableError as exc:
+        return exc.strerror or str(exc)
+
+
+def is_available() -> bool:
+    """True if a ring can be set up in this process, now."""
+    return why_not() is None
