@@ -9,6 +9,7 @@ struct tu_ring {
     unsigned pushed;           /* of the last tick: entries taken from staging  */
     unsigned reaped;           /* of the last tick: CQEs in `cqes`              */
     uint64_t enters;           /* io_uring_enter calls, ever                    */
+    uint64_t submits;          /* ticks that had something to submit            */
     uint64_t sqes;             /* entries handed to the kernel, ever            */
     uint64_t cqes_seen;        /* CQEs handed to Python, ever                   */
     uint64_t overflows;        /* times the kernel flagged CQ overflow          */

@@ -62,6 +62,7 @@ struct tu_ring {
     unsigned pushed;
     unsigned reaped;
     uint64_t enters;
+    uint64_t submits;
     uint64_t sqes;
     uint64_t cqes_seen;
     uint64_t overflows;
@@ -71,6 +72,7 @@ struct tu_ring {
     struct io_uring ring;
     bool open;
     bool eventfd_registered;
+    unsigned workers[2]; /* the limits before ours: they belong to the thread and outlive the ring */
     unsigned fork_generation;
     int64_t reaped_cqes[3 * TU_CQES_PER_TICK];
 };
@@ -142,7 +144,6 @@ int tu_open(struct tu_ring *r, unsigned entries, unsigned cq_entries, unsigned f
 /* Makes the calling thread the ring's owner. Zero leaves a worker limit as it is. */
 int tu_enable(struct tu_ring *r, unsigned bounded_workers, unsigned unbounded_workers)
 {
-    unsigned workers[2] = {bounded_workers, unbounded_workers};
     int ret;
 
     if (belongs_to_parent(r))
@@ -153,8 +154,14 @@ int tu_enable(struct tu_ring *r, unsigned bounded_workers, unsigned unbounded_wo
         if (ret < 0)
             return ret;
     }
-    ret = io_uring_register_iowq_max_workers(&r->ring, workers);
-    return ret == -EINVAL ? 0 : ret; /* before 5.15 there is no such limit */
+    r->workers[0] = bounded_workers;
+    r->workers[1] = unbounded_workers;
+    ret = io_uring_register_iowq_max_workers(&r->ring, r->workers);
+    if (ret == -EINVAL) { /* before 5.15 there is no such limit */
+        r->workers[0] = r->workers[1] = 0;
+        return 0;
+    }
+    return ret;
 }
 
 int tu_probe(struct tu_ring *r, uint8_t *supported, unsigned n)
@@ -303,6 +310,7 @@ int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_n
     if (belongs_to_parent(r))
         return -EOWNERDEAD;
     r->reaped = 0;
+    r->submits += n > 0;
     ret = push(r, staged, n);
     if (ret < 0 && !passing_trouble(ret))
         return ret;
@@ -377,10 +385,13 @@ int tu_flush(struct tu_ring *r, const void *staged, unsigned n)
 void tu_free(struct tu_ring *r)
 {
     if (r->open) {
-        if (belongs_to_parent(r))
+        if (belongs_to_parent(r)) {
             close(r->ring_fd);
-        else
+        } else {
+            if (r->workers[0] || r->workers[1])
+                io_uring_register_iowq_max_workers(&r->ring, r->workers);
             io_uring_queue_exit(&r->ring);
+        }
     }
     free(r);
 }

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import enum
 import errno
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, NoReturn, Protocol
 
 import outcome
 import trio
@@ -34,7 +34,7 @@ from ._errors import ERESTARTS, INTERRUPTED, RingError, os_error
 from ._trio_internals import make_trap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from trio.lowlevel import RaiseCancelT, Task
 
@@ -114,9 +114,8 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
     },
 }
 
-# The hot transitions as arrays; None where the table has no such transition.
+# A hot transition as an array; None where the table has no such transition.
 _AFTER_LAST_CQE: Final = tuple(TRANSITIONS[state].get(Event.LAST_CQE) for state in State)
-_AFTER_PICK_UP: Final = tuple(TRANSITIONS[state].get(Event.PICK_UP) for state in State)
 
 _IDLE: Final = State.IDLE
 _IN_FLIGHT: Final = State.IN_FLIGHT
@@ -141,6 +140,7 @@ class Kind:
         readiness: True for polls: no result, nothing pinned, not counted against ``max_in_flight``.
         flags: the SQE's ``IOSQE_*`` flags.
         ioprio: the SQE's ioprio field, which several opcodes use for flags of their own.
+        head: the SQE's first four bytes, made of these.
     """
 
     name: str
@@ -156,11 +156,10 @@ class Kind:
     readiness: bool = False
     flags: int = 0
     ioprio: int = 0
+    head: int = field(init=False)
 
-    @property
-    def head(self) -> int:
-        """The first four bytes of the SQE."""
-        return self.opcode | self.flags << 8 | self.ioprio << 16
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head", self.opcode | self.flags << 8 | self.ioprio << 16)
 
 
 class Owner(Protocol):
@@ -180,23 +179,20 @@ class Owner(Protocol):
     def ask_cancel(self, operation: Operation) -> None:
         """Stages an ASYNC_CANCEL for the operation."""
 
-    def release(self, operation: Operation) -> None:
-        """Takes an idle operation back into the pool."""
+    def hand_over(self, operation: Operation) -> None:
+        """Gives an idle operation to the task that waits longest for one."""
 
 
-class Verdict(enum.Enum):
-    """What a task does about a negative result that is not its to see."""
+class Retry(NamedTuple):
+    """What a task does about a result that is not its to see: submit the operation once more."""
 
-    AGAIN = enum.auto()  #: interrupted before it did anything: submit it again
-    WHEN_READY = enum.auto()  #: would have blocked: wait for readiness, then submit it again
+    wait_for: int  #: poll events to wait for first; 0: none
+    pin: Any
+    keep: Any
 
 
 def _raise_closed() -> NoReturn:
     raise trio.ClosedResourceError("another task closed this fd")
-
-
-def _may_try_again(res: int) -> bool:
-    return res in (-errno.EINTR, -errno.EAGAIN) or res in ERESTARTS
 
 
 class Operation:
@@ -223,11 +219,13 @@ class Operation:
         "task",
         "token",
         "trap",
+        "waiters",
     )
 
-    def __init__(self, index: int, owner: Owner, home: list[Operation]) -> None:
+    def __init__(self, index: int, owner: Owner, home: list[Operation], waiters: Collection[Task]) -> None:
         self.owner = owner
         self.home = home
+        self.waiters = waiters
         self.token = index
         self.trap: Any = make_trap(self.abort)
         self._state = _IDLE
@@ -286,8 +284,8 @@ class Operation:
         if before is not _IN_FLIGHT:
             self._complete_late(before, res, flags)
             return
-        if res >= 0 or not _may_try_again(res):
-            self.pin = self.keep = None
+        if res >= 0 or not self._is_to_be_retried(res):
+            self._unpin()
         self.res = res
         self.owner.wake(self.task, res)  # type: ignore[arg-type]
 
@@ -304,11 +302,11 @@ class Operation:
     def _complete_late(self, before: State, res: int, flags: int) -> None:
         """The last CQE of an operation that was cancelled, detached or only waited for its notification."""
         if before is State.NOTIFYING:  # res is a flag word; the task has been woken with the result
-            self.pin = self.keep = None
+            self._unpin()
         elif before is State.CANCELLING:
             self._count_cancel(res)
-            if res >= 0 or not _may_try_again(res):
-                self.pin = self.keep = None
+            if not self._is_to_be_retried(res):
+                self._unpin()
             assert self.task is not None
             self.res = res
             self.owner.wake(self.task, res)
@@ -317,6 +315,18 @@ class Operation:
                 self._count_cancel(res)
                 self._dispose(res)
             self._let_go()
+
+    def _unpin(self) -> None:
+        """The kernel is done with the memory. What a result would be disposed of with stays until it is picked up."""
+        self.pin = None
+        if self.kind.dispose is None:
+            self.keep = None
+
+    def _is_to_be_retried(self, res: int) -> bool:
+        """Interrupted or refused before it did anything, and nobody wanted that?"""
+        if res == -errno.EAGAIN:
+            return self.kind.wait_for != 0
+        return (res == -errno.EINTR or res in ERESTARTS) and self.interrupt is None and res not in self.kind.success
 
     def _count_cancel(self, res: int) -> None:
         if res in INTERRUPTED:
@@ -396,24 +406,24 @@ class Operation:
         self._let_go()
 
     def _let_go(self) -> None:
-        self.task = None
         self.pin = self.keep = None
-        self.filename = None
+        self.task = None
         self.interrupt = None
-        self.owner.release(self)
+        if self.waiters:
+            self.owner.hand_over(self)
+        else:
+            self.home.append(self)
 
     def pick_up(self) -> None:
         """The task runs again and has the result."""
-        after = _AFTER_PICK_UP[self._state]
-        if after is None:
-            raise RingError(f"{self!r} has no result to pick up")
-        self._state = after
-        if after is _IDLE:
+        if self._state is _SETTLED:
+            self._state = _IDLE
             self._let_go()
         else:
+            self._move(Event.PICK_UP)  # the kernel still reads the buffer
             self.task = None
 
-    def judge(self, res: int) -> Verdict:
+    def judge(self, res: int) -> Retry:
         """Picks up a negative result and says what it means for the task.
 
         Raises:
@@ -421,15 +431,16 @@ class Operation:
             trio.ClosedResourceError: it was cancelled because its fd was closed.
             OSError: anything else that is the caller's to know.
         """
-        interrupt, kind, filename = self.interrupt, self.kind, self.filename
+        interrupt, filename = self.interrupt, self.filename
+        retry = None
+        if self._is_to_be_retried(res):
+            retry = Retry(self.kind.wait_for if res == -errno.EAGAIN else 0, self.pin, self.keep)
         self.pick_up()
+        if retry is not None:
+            return retry
         try:
             if interrupt is not None and res in INTERRUPTED:
                 interrupt()
-            if res == -errno.EAGAIN and kind.wait_for:
-                return Verdict.WHEN_READY
-            if res == -errno.EINTR or res in ERESTARTS:
-                return Verdict.AGAIN
             raise os_error(res, filename)
         finally:
             del interrupt  # it refers to the task, whose frames refer to this one

@@ -29,12 +29,13 @@ import math
 import os
 import select
 import threading
-import time
 import types
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
+from threading import get_ident
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol, cast
 
 import outcome
 import trio
@@ -42,12 +43,12 @@ from trio.lowlevel import current_task, enable_ki_protection
 
 from . import _trio_internals
 from ._abi import Opcode
-from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State, Verdict
-from ._errors import UnavailableError, UnsupportedOperation
+from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State
+from ._errors import RingError, UnavailableError, UnsupportedOperation
 from ._ring import Ring, RingConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Collection, Generator, Iterator
 
     from trio.lowlevel import Abort, RaiseCancelT, Task
 
@@ -168,7 +169,18 @@ class _Wakeup:
     def __init__(self, ring: SubmissionQueue) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ring = ring
+        self._lock = threading.RLock()  # between a late `wake_up` of another thread and `close`
         self.arm()
+
+    def wake_up(self) -> None:
+        with self._lock:
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
+
+    def close(self) -> None:
+        with self._lock:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
     def arm(self) -> None:
         self._ring.stage(_POLL_HEAD, self.fd, 0, 0, 0, select.POLLIN, _WAKEUP_INDEX)
@@ -209,8 +221,7 @@ class UringIOManager:
         self._notify_wanted = False
         self._closed = False
         self._cancels_asked = 0
-        self._submits = 0
-        self._now = time.monotonic()
+        self._now = monotonic()
         self._missing = frozenset(Opcode) - self.ring.supported
         self._wakeup = _Wakeup(self.ring)
         self._slots: list[Any] = [_Notices(), self._wakeup]
@@ -226,18 +237,15 @@ class UringIOManager:
 
     def get_events(self, timeout: float) -> list[int]:
         """Submits, waits up to ``timeout`` seconds, reaps. Falsy if and only if the time-out expired."""
-        if threading.get_ident() != self._owner:
+        if get_ident() != self._owner:
             if self._owner is not None:
                 return self._wait_in_worker(timeout)
             self.ring.enable()
-            self._owner = threading.get_ident()
-        ring = self.ring
-        if ring.tail != ring.base:
-            self._submits += 1
-        events = ring.tick(timeout)
-        self._now = time.monotonic()
+            self._owner = get_ident()
+        events = self.ring.tick(timeout)
+        self._now = monotonic()
         if not events and self._notify_fd is not None:  # guest mode: a worker may be about to wait
-            ring.register_eventfd(self._notify_fd)
+            self.ring.register_eventfd(self._notify_fd)
         return events
 
     def process_events(self, events: list[int]) -> None:
@@ -271,8 +279,8 @@ class UringIOManager:
             self.ring.flush()
 
     def force_wakeup(self) -> None:
-        """Ends the current or the next wait early. Callable from any thread."""
-        os.eventfd_write(self._wakeup.fd, 1)
+        """Ends the current or the next wait early. Callable from any thread; after `close` it does nothing."""
+        self._wakeup.wake_up()
 
     def statistics(self) -> UringStatistics:
         """A snapshot; see `UringStatistics`."""
@@ -283,7 +291,7 @@ class UringIOManager:
             tasks_waiting_read=sum(op.kind is POLL_IN for op in waiting),
             tasks_waiting_write=sum(op.kind is POLL_OUT for op in waiting),
             enters=ring["enters"],
-            submits=self._submits,
+            submits=ring["submits"],
             sqes=ring["sqes"],
             cqes=ring["cqes"],
             cancels_asked=self._cancels_asked,
@@ -299,7 +307,7 @@ class UringIOManager:
                     operation=op.kind.name,
                     fd=op.fd,
                     task=None if op.task is None else op.task.name,
-                    age=max(0.0, time.monotonic() - op.since),
+                    age=max(0.0, monotonic() - op.since),
                     state=op.state.name,
                 )
                 for op in in_flight
@@ -315,6 +323,7 @@ class UringIOManager:
         if self._closed:
             return
         self._closed = True
+        self._queue.clear()
         self.perform = _no_manager.perform  # type: ignore[method-assign]  # for late calls
         if _this_thread.manager is self:
             del _this_thread.manager
@@ -323,7 +332,7 @@ class UringIOManager:
                 self._drain()
         finally:
             self.ring.close()
-            os.close(self._wakeup.fd)
+            self._wakeup.close()
             if self._notify_fd is not None:
                 os.close(self._notify_fd)
             self._slots.clear()  # breaks the cycle operation -> trap -> abort -> operation
@@ -337,13 +346,10 @@ class UringIOManager:
         if self._worker_waits:
             self.ring.flush()
 
-    def release(self, operation: Operation) -> None:
-        """Takes an idle operation back, or hands it to the task that waits longest for one."""
-        if self._queue and operation.home is self._idle and not self._closed:
-            task, _ = self._queue.popitem(last=False)
-            trio.lowlevel.reschedule(task, outcome.Value(operation))
-        else:
-            operation.home.append(operation)
+    def hand_over(self, operation: Operation) -> None:
+        """Gives an idle operation to the task that waits longest for one."""
+        task, _ = self._queue.popitem(last=False)
+        trio.lowlevel.reschedule(task, outcome.Value(operation))
 
     # What `lowlevel` calls
 
@@ -357,7 +363,6 @@ class UringIOManager:
         pin: Any = None,
         length: int = 0,
         op_flags: int = 0,
-        *,
         addr: int = 0,
         via: int | None = None,
         keep: Any = None,
@@ -379,7 +384,7 @@ class UringIOManager:
             UnsupportedOperation: the kernel lacks the operation.
             OSError: the operation failed.
         """
-        if kind.opcode in self._missing:
+        if self._missing and kind.opcode in self._missing:
             raise UnsupportedOperation(
                 errno.EOPNOTSUPP,
                 f"this kernel lacks IORING_OP_{kind.opcode.name} ({kind.name}); Linux {kind.since} brought it",
@@ -402,7 +407,9 @@ class UringIOManager:
             operation.since = self._now
             operation.siblings = siblings
             if length < 0:
-                length = min(len(pin), _MAX_RW_COUNT)
+                length = len(pin)
+                if length > _MAX_RW_COUNT:
+                    length = _MAX_RW_COUNT
             try:
                 operation.number = self.ring.stage(
                     kind.head, fd if via is None else via, off, addr, length, op_flags, operation.begin(), pin
@@ -424,13 +431,11 @@ class UringIOManager:
             if res >= 0 or res in kind.success:
                 operation.pick_up()
                 return res  # type: ignore[no-any-return]
-            pin, keep = operation.pin, operation.keep
-            if operation.judge(res) is Verdict.AGAIN:
-                continue
-            if kind.wait_for == select.POLLOUT:
+            wait_for, pin, keep = operation.judge(res)
+            if wait_for == select.POLLOUT:
                 yield from self._until_writable(fd)
-            else:
-                yield from self.perform(POLL_IN, fd, op_flags=kind.wait_for)
+            elif wait_for:
+                yield from self.perform(POLL_IN, fd, op_flags=wait_for)
 
     @enable_ki_protection
     @types.coroutine
@@ -449,28 +454,31 @@ class UringIOManager:
     def _another_slot(self, kind: Kind, task: Task) -> Generator[Any, Any, Operation]:
         """A new slot, or the next one to become free if there may be no more."""
         if kind.readiness:
-            return self._new_slot(self._idle_polls)
+            return self._new_slot(self._idle_polls, ())
         if self._counted_slots < self._config.max_in_flight:
             self._counted_slots += 1
-            return self._new_slot(self._idle)
+            return self._new_slot(self._idle, self._queue)
 
         def abort(_: RaiseCancelT) -> Abort:
-            del self._queue[task]
+            self._queue.pop(task, None)  # it is gone if the run is being torn down
             return trio.lowlevel.Abort.SUCCEEDED
 
         self._queue[task] = None
         operation: Operation = yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105
         return operation
 
-    def _new_slot(self, home: list[Operation]) -> Operation:
-        operation = Operation(len(self._slots), self, home)
+    def _new_slot(self, home: list[Operation], waiters: Collection[Task]) -> Operation:
+        index = len(self._slots)
+        if index > INDEX_MASK:
+            raise RingError(f"more than {INDEX_MASK} operations are in flight")
+        operation = Operation(index, self, home, waiters)
         self._slots.append(operation)
         return operation
 
     def _check_not_busy(self, kind: Kind, siblings: set[Operation], operation: Operation) -> None:
         for other in siblings:
             if other.kind.direction == kind.direction and other.task is not None:
-                self.release(operation)
+                operation.not_staged()
                 raise trio.BusyResourceError(f"another task is already using this fd to {kind.direction}")
 
     # Guest mode
@@ -506,9 +514,9 @@ class UringIOManager:
         if not self._in_kernel():
             return
         self.process_events(list(self._unprocessed))
-        deadline = time.monotonic() + DRAIN_SECONDS
-        if threading.get_ident() == self._owner:
-            while self._in_kernel() and (left := deadline - time.monotonic()) > 0:
+        deadline = monotonic() + DRAIN_SECONDS
+        if get_ident() == self._owner:
+            while self._in_kernel() and (left := deadline - monotonic()) > 0:
                 self.process_events(self.ring.tick(min(left, 1.0)))
         left_over = self._in_kernel()
         if left_over:
@@ -537,7 +545,7 @@ _no_manager: Final = _NoManager()
 
 
 class _ThisThread(threading.local):
-    manager: Any = _no_manager
+    manager = cast("UringIOManager", _no_manager)
 
 
 _this_thread: Final = _ThisThread()

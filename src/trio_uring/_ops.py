@@ -10,6 +10,7 @@ What holds for all of them, so that each docstring can be short:
 * Cancelled later, it ends either way, never both: with its result if the kernel has done it, with `trio.Cancelled`
   if it did nothing. A result that arrives in spite of a cancel is returned; the next checkpoint raises.
 * Buffers are held by a real export until the kernel is done: resizing a `bytearray` meanwhile raises `BufferError`.
+  No function here keeps an export in a variable: a traceback would hold it for longer.
 * Errors are `OSError` with the errno, and the file name where there is one, as in the standard library.
 * EINTR is tried again. So is EAGAIN, once the fd is ready, except where the caller forbids waiting.
 """
@@ -117,8 +118,9 @@ async def read(fd: int | HasFileno, buffer: Buffer, offset: int = -1) -> int:
 
     A read of a regular file that the kernel has begun cannot be cancelled; bound its size instead.
     """
-    view = _from_buffer(buffer, require_writable=True)
-    return await _this_thread.manager.perform(READ, _number(fd), offset, view, -1)  # type: ignore[no-any-return]
+    return await _this_thread.manager.perform(
+        READ, fd if type(fd) is int else _number(fd), offset, _from_buffer(_CHARS, buffer, True), -1
+    )
 
 
 @enable_ki_protection
@@ -130,11 +132,13 @@ async def write(fd: int | HasFileno, data: Buffer, offset: int = -1) -> int:
         data: any contiguous buffer. At most 2147479552 bytes are written in one call.
         offset: where in the file; -1 is the file's position, which moves.
     """
-    return await _this_thread.manager.perform(WRITE, _number(fd), offset, _from_buffer(data), -1)  # type: ignore[no-any-return]
+    return await _this_thread.manager.perform(
+        WRITE, fd if type(fd) is int else _number(fd), offset, _from_buffer(_CHARS, data), -1
+    )
 
 
 def _iovec(buffers: Sequence[Buffer], *, writable: bool) -> tuple[Any, list[Any]]:
-    views = [_from_buffer(buffer, require_writable=writable) for buffer in buffers]
+    views = [_from_buffer(_CHARS, buffer, writable) for buffer in buffers]
     vector = _new(_IOVECS, len(views))
     for i, view in enumerate(views):
         vector[i].iov_base = view
@@ -152,7 +156,9 @@ async def readv(fd: int | HasFileno, buffers: Sequence[Buffer], offset: int = -1
         offset: as in `read`.
     """
     vector, views = _iovec(buffers, writable=True)
-    return await _this_thread.manager.perform(READV, _number(fd), offset, vector, len(views), keep=views)  # type: ignore[no-any-return]
+    performing = _this_thread.manager.perform(READV, _number(fd), offset, vector, len(views), keep=views)
+    del vector, views
+    return await performing
 
 
 @enable_ki_protection
@@ -165,7 +171,9 @@ async def writev(fd: int | HasFileno, buffers: Sequence[Buffer], offset: int = -
         offset: as in `write`.
     """
     vector, views = _iovec(buffers, writable=False)
-    return await _this_thread.manager.perform(WRITEV, _number(fd), offset, vector, len(views), keep=views)  # type: ignore[no-any-return]
+    performing = _this_thread.manager.perform(WRITEV, _number(fd), offset, vector, len(views), keep=views)
+    del vector, views
+    return await performing
 
 
 @enable_ki_protection
@@ -196,8 +204,8 @@ async def openat(path: StrOrBytesPath, flags: int, mode: int = 0o777, *, dir_fd:
     An open that wins against its cancel returns its fd; none is leaked. A FIFO is not opened as open(2) does:
     reading succeeds at once, writing fails with ENXIO while nobody reads.
     """
-    return await _this_thread.manager.perform(  # type: ignore[no-any-return]
-        OPENAT, dir_fd, 0, _path(path), mode, flags | os.O_CLOEXEC, filename=path
+    return await _this_thread.manager.perform(
+        OPENAT, dir_fd, 0, _path(path), mode, flags | os.O_CLOEXEC, filename=os.fspath(path)
     )
 
 
@@ -226,11 +234,15 @@ async def statx(
         mask: which fields are wanted; see statx(2).
     """
     if isinstance(path, int):
+        filename: object = path
         dir_fd, flags, raw = path, flags | AT_EMPTY_PATH, _path("")
     else:
+        filename = os.fspath(path)
         raw = _path(path)
     result = _new(_STATX)
-    await _this_thread.manager.perform(STATX, dir_fd, _address_of(result), raw, mask, flags, keep=result, filename=path)
+    await _this_thread.manager.perform(
+        STATX, dir_fd, _address_of(result), raw, mask, flags, keep=result, filename=filename
+    )
     return _stat_result(result)
 
 
@@ -312,7 +324,7 @@ def _patient(kind: Kind, flags: int) -> Kind:
 @enable_ki_protection
 async def socket(family: int = stdlib_socket.AF_INET, type: int = stdlib_socket.SOCK_STREAM, proto: int = 0) -> int:
     """Creates a socket and returns its fd, which is not inheritable. IORING_OP_SOCKET, Linux 5.19."""
-    return await _this_thread.manager.perform(SOCKET, family, type | stdlib_socket.SOCK_CLOEXEC, None, proto)  # type: ignore[no-any-return]
+    return await _this_thread.manager.perform(SOCKET, family, type | stdlib_socket.SOCK_CLOEXEC, None, proto)
 
 
 @enable_ki_protection
@@ -367,8 +379,8 @@ async def send(fd: int | HasFileno, data: Buffer, flags: int = 0) -> int:
         flags: ``MSG_*``. With ``MSG_WAITALL`` the kernel goes on until everything is sent; cancelled then, the call
             returns what was sent, if anything was.
     """
-    return await _this_thread.manager.perform(  # type: ignore[no-any-return]
-        _patient(SEND, flags), fd if type(fd) is int else _number(fd), 0, _from_buffer(data), -1, flags
+    return await _this_thread.manager.perform(
+        _patient(SEND, flags), fd if type(fd) is int else _number(fd), 0, _from_buffer(_CHARS, data), -1, flags
     )
 
 
@@ -381,9 +393,13 @@ async def recv(fd: int | HasFileno, buffer: Buffer, flags: int = 0) -> int:
         buffer: a writable, contiguous buffer.
         flags: ``MSG_*``.
     """
-    view = _from_buffer(buffer, require_writable=True)
-    return await _this_thread.manager.perform(  # type: ignore[no-any-return]
-        _patient(RECV, flags), fd if type(fd) is int else _number(fd), 0, view, -1, flags
+    return await _this_thread.manager.perform(
+        RECV if not flags else _patient(RECV, flags),
+        fd if type(fd) is int else _number(fd),
+        0,
+        _from_buffer(_CHARS, buffer, True),
+        -1,
+        flags,
     )
 
 
@@ -428,9 +444,15 @@ async def sendmsg(
     name = None if address is None else _new(_CHARS, raw := encode_address(address))
     control = encode_ancillary(ancdata)
     keep = _message(
-        buffers, name, len(raw) if name is not None else 0, _from_buffer(control) if control else None, writable=False
+        buffers,
+        name,
+        len(raw) if name is not None else 0,
+        _from_buffer(_CHARS, control) if control else None,
+        writable=False,
     )
-    return await _this_thread.manager.perform(_patient(SENDMSG, flags), _number(fd), 0, keep[0], 1, flags, keep=keep)  # type: ignore[no-any-return]
+    performing = _this_thread.manager.perform(_patient(SENDMSG, flags), _number(fd), 0, keep[0], 1, flags, keep=keep)
+    del keep
+    return await performing
 
 
 @enable_ki_protection
@@ -475,7 +497,7 @@ async def poll(fd: int | HasFileno, events: int) -> int:
         fd: anything poll(2) takes.
         events: ``select.POLLIN`` and so on. ``POLLERR``, ``POLLHUP`` and ``POLLRDHUP`` are always reported.
     """
-    return await _this_thread.manager.perform(POLL, _number(fd), op_flags=events)  # type: ignore[no-any-return]
+    return await _this_thread.manager.perform(POLL, _number(fd), op_flags=events)
 
 
 @enable_ki_protection
@@ -505,6 +527,6 @@ async def async_cancel(fd: int | HasFileno) -> int:
     """
     manager = _this_thread.manager
     try:
-        return await manager.perform(ASYNC_CANCEL, _number(fd), op_flags=ASYNC_CANCEL_FD | ASYNC_CANCEL_ALL)  # type: ignore[no-any-return]
+        return await manager.perform(ASYNC_CANCEL, _number(fd), op_flags=ASYNC_CANCEL_FD | ASYNC_CANCEL_ALL)
     except FileNotFoundError:  # nothing is in flight
         return 0

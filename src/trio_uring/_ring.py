@@ -40,7 +40,7 @@ ffi: Final = _native.ffi
 lib: Final = _native.lib
 
 # opcode|flags|ioprio, fd, off, addr, len, op flags, user_data; what follows is zero unless `extra` is given
-_SQE: Final = struct.Struct("<IiqQIIQ24x")
+_fill: Final = struct.Struct("<IiqQIIQ24x").pack_into
 _SQE_EXTRA_AT: Final = 40
 _SQE_EXTRA: Final = struct.Struct("<HHiQQ")  # buf_index, personality, file_index, addr3, pad
 _SQE_SIZE: Final = 64
@@ -181,6 +181,7 @@ class SubmissionQueue:
 
         Raises:
             OverflowError: a value does not fit its field. Nothing is staged.
+            TypeError: a value is not an integer. Nothing is staged.
         """
         number = self.tail
         index = number - self.base
@@ -189,12 +190,14 @@ class SubmissionQueue:
         # The entry is ours before it is filled: whatever runs in between (a finaliser) stages behind it.
         self.tail = number + 1
         try:
-            _SQE.pack_into(self._bytes, index << 6, head, fd, off, addr, length, op_flags, user_data)
+            _fill(self._bytes, index << 6, head, fd, off, addr, length, op_flags, user_data)
             if extra is not None:
                 _SQE_EXTRA.pack_into(self._bytes, (index << 6) + _SQE_EXTRA_AT, *extra, 0)
         except struct.error as exc:
             self.neutralise(number)
-            raise OverflowError(f"an argument does not fit the submission queue entry: {exc}") from None
+            values = (head, fd, off, addr, length, op_flags, user_data, *(extra or ()))
+            error = OverflowError if all(isinstance(value, int) for value in values) else TypeError
+            raise error(f"an argument does not fit the submission queue entry: {exc}") from None
         if pin is not None:
             self._pointers[(index << 3) + _ADDR_AT] = pin
         return number
@@ -283,7 +286,11 @@ class Ring(SubmissionQueue):
             RingError: forked child, foreign thread, closed ring, a lost completion.
         """
         tail = self.tail
-        got = _tick(self._ring, self._memory, tail - self.base, int(timeout * 1e9))
+        try:
+            got = _tick(self._ring, self._memory, tail - self.base, int(timeout * 1e9))
+        except TypeError:
+            self._live()  # a closed ring is the likely cause
+            raise
         if got > 0:
             self.base = tail
             return self._cqes[: 3 * got].tolist()
@@ -346,10 +353,11 @@ class Ring(SubmissionQueue):
         return ring.sq_entries, ring.cq_entries
 
     def counters(self) -> dict[str, int]:
-        """Totals so far: ``enters, sqes, cqes, overflows, stalls``."""
+        """Totals so far: ``enters, submits, sqes, cqes, overflows, stalls``."""
         ring = self._live()
         return {
             "enters": ring.enters,
+            "submits": ring.submits,
             "sqes": ring.sqes,
             "cqes": ring.cqes_seen,
             "overflows": ring.overflows,

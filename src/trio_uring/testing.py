@@ -1,0 +1,323 @@
+"""A ring without a kernel: `SimulatedRing`.
+
+A kernel may complete operations in any order, in part, interrupted or not at all, and a cancel may meet its operation
+at any moment. A real one shows a few of these histories, and the same few on every run. This ring makes them up,
+decision by decision, so that a seed repeats them and Hypothesis searches and shrinks them::
+
+    ring = SimulatedRing(random.Random(seed))
+    ring.stage(Opcode.RECV, 5, 0, 0, 100, 0, token, pin=buffer)
+    ring.tick(1.0)  # [token, 37, 0]: a short receive
+
+The simulation is an addition, never the proof. It knows what its authors know about the kernel: what passes here has
+still to pass on a real ring.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import struct
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+from ._abi import CQE_F_MORE, CQE_F_NOTIF, Opcode
+from ._errors import RingError
+from ._ring import INTERRUPTION, RingConfig, SubmissionQueue, ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["PATTERN", "Choices", "Entry", "SimulatedRing"]
+
+PATTERN: Final = 0xA5
+"""The byte that simulated reads put into their buffers."""
+
+_SQE: Final = struct.Struct("<BBHiqQIIQ24x")  # the fields of `Entry`
+_ERESTARTSYS: Final = -512
+_FIRST_FD: Final = 1_000_000  # no real fd has such a number: a real close of one fails
+_NOTIFICATIONS: Final = (0, -(1 << 31))  # their ``res`` is a flag word: all data sent from the buffer; some copied
+
+_READS: Final = frozenset({Opcode.READ, Opcode.RECV})
+_TRANSFERS: Final = _READS | {Opcode.WRITE, Opcode.SEND, Opcode.SEND_ZC}
+_MAKES_FD: Final = frozenset({Opcode.OPENAT, Opcode.OPENAT2, Opcode.ACCEPT, Opcode.SOCKET})
+_MAY_FAIL: Final = (
+    _TRANSFERS | _MAKES_FD | {Opcode.NOP, Opcode.FSYNC, Opcode.FTRUNCATE, Opcode.STATX, Opcode.CONNECT, Opcode.SHUTDOWN}
+)
+_SIMULATED: Final = _MAY_FAIL | {Opcode.ASYNC_CANCEL, Opcode.CLOSE, Opcode.POLL_ADD, Opcode.TIMEOUT}
+
+
+class Choices(Protocol):
+    """Where the decisions come from: a `random.Random`, or Hypothesis (``st.randoms(use_true_random=False)``)."""
+
+    def randrange(self, n: int, /) -> int:
+        """A number from 0 to ``n`` - 1. 0 is always the tame decision, so that failures shrink to a tame kernel."""
+
+
+class Entry(NamedTuple):
+    """A submission queue entry, decoded."""
+
+    opcode: int
+    flags: int
+    ioprio: int
+    fd: int
+    off: int
+    addr: int
+    length: int
+    op_flags: int
+    user_data: int
+
+
+@dataclass(eq=False)
+class _Request:
+    """An entry the simulated kernel has."""
+
+    entry: Entry
+    delay: int  # ticks to its next CQE
+    ending: int | None = None  # its result, if that is decided already
+    only_notification_left: bool = False
+
+
+class SimulatedRing(SubmissionQueue):
+    """Stands in for a `Ring`: takes staged entries and answers them as some kernel might.
+
+    What it may do: complete in any order; transfer less than was asked; end an operation with one of ``faults``; end a
+    zero-copy send with a result and a later notification, an error included; take only part of the staged entries;
+    end a wait for nothing; overflow the completion queue. A cancel is answered with 0, -EALREADY or -ENOENT,
+    before or after the operation's own CQE, and after 0 and -EALREADY the operation ends with -ECANCELED,
+    -EINTR, -512 or its own result. A cancel of what has a CQE already finds nothing: -ENOENT.
+
+    What it does not do: I/O, waiting (time does not pass here), ownership by a thread, operations that
+    are not in ``supported``. The only memory it touches is the buffer of a read, just before the last CQE.
+
+    Args:
+        choices: where the decisions come from; by default `random.Random(0)`.
+        config: for the sizes of the queues.
+        patience: each CQE is posted within this many ticks.
+        rarity: how rare failures and interruptions are: one in so many.
+        faults: negative results that operations end with now and then. Polls, timeouts and closes have none.
+
+    Attributes:
+        open_fds: the fds it has handed out and that are not closed. They are numbers without a file.
+    """
+
+    def __init__(
+        self,
+        choices: Choices | None = None,
+        *,
+        config: RingConfig | None = None,
+        patience: int = 4,
+        rarity: int = 8,
+        faults: Sequence[int] = (-errno.EINTR, -errno.EAGAIN, _ERESTARTSYS, -errno.ENOBUFS),
+    ) -> None:
+        super().__init__()
+        self.config = config or RingConfig()
+        self.supported: frozenset[int] = _SIMULATED
+        self.open_fds: set[int] = set()
+        self.closed = False
+        self._choices = choices or random.Random(0)
+        self._patience = patience
+        self._rarity = rarity
+        self._faults = tuple(faults)
+        self._requests: list[_Request] = []
+        self._cq: deque[tuple[Entry, int, int]] = deque()
+        self._fds = itertools.count(_FIRST_FD)
+        self._eventfd: int | None = None
+        self._process = os.getpid()
+        self._counters = dict.fromkeys(("enters", "submits", "sqes", "cqes", "overflows", "stalls"), 0)
+
+    # As in `Ring`
+
+    def enable(self) -> None:
+        """Does nothing: any thread may use it."""
+        self._check_usable()
+
+    def tick(self, timeout: float) -> list[int]:
+        """Takes staged entries, posts what is due, and returns CQEs in the form of `Ring.tick`.
+
+        With a ``timeout`` it returns something if anything is in flight. A wait that nothing can end is over at once.
+        """
+        self._check_usable()
+        self._counters["enters"] += 1
+        taken = self._choices.randrange(self.staged + 1) if self._rarely() else self.staged
+        interrupted = taken < self.staged
+        self._counters["stalls"] += interrupted
+        self._take(taken)
+        self._advance()
+        interrupted = interrupted or (timeout > 0 and self._rarely())
+        while timeout > 0 and not interrupted and not self._cq and self._requests:
+            self._advance()
+        events = self._reap()
+        return events or [INTERRUPTION, 0, 0] if interrupted else events
+
+    def flush(self) -> None:
+        """Takes everything staged. CQEs wait for the next tick."""
+        self._check_usable()
+        self._counters["enters"] += 1
+        self._take(self.staged)
+        self._advance()
+
+    def pending(self) -> bool:
+        """Is there a CQE to reap?"""
+        self._check_usable()
+        return bool(self._cq)
+
+    def register_eventfd(self, fd: int) -> None:
+        """Signals ``fd``, a real eventfd, at every CQE."""
+        self._check_usable()
+        self._eventfd = fd
+
+    @property
+    def forked(self) -> bool:
+        """True in a child of the process that made the ring."""
+        return os.getpid() != self._process
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """Sizes of the submission and the completion queue."""
+        return self.config.entries, self.config.effective_cq_entries
+
+    def counters(self) -> dict[str, int]:
+        """As `Ring.counters`."""
+        self._check_usable()
+        return dict(self._counters)
+
+    def close(self) -> None:
+        """Ends the use of the ring. What is in flight stays so, as with a real one."""
+        self.closed = True
+
+    # What a test sees besides
+
+    @property
+    def staging(self) -> tuple[Entry, ...]:
+        """What the next tick submits."""
+        return self._decode(self.staged)
+
+    @property
+    def in_flight(self) -> tuple[Entry, ...]:
+        """The entries that were taken and whose last CQE has not been handed out."""
+        posted = (entry for entry, _, flags in self._cq if not flags & CQE_F_MORE)
+        return (*(request.entry for request in self._requests), *posted)
+
+    def close_fd(self, fd: int) -> None:
+        """Closes one of ``open_fds``.
+
+        Raises:
+            OSError: it is not open.
+        """
+        if fd not in self.open_fds:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        self.open_fds.remove(fd)
+
+    # The kernel's part
+
+    def _check_usable(self) -> None:
+        if self.closed:
+            raise RingError("this ring is closed")
+        if self.forked:
+            raise RingError("this ring belongs to the parent process")
+
+    def _rarely(self) -> bool:
+        return self._choices.randrange(self._rarity) == self._rarity - 1
+
+    def _delay(self) -> int:
+        return self._choices.randrange(self._patience)
+
+    def _one_of(self, values: Sequence[Any]) -> Any:
+        return values[self._choices.randrange(len(values))]
+
+    def _decode(self, n: int) -> tuple[Entry, ...]:
+        entries = map(Entry._make, _SQE.iter_unpack(self._bytes[: _SQE.size * n]))
+        return tuple(entry for entry in entries if entry.opcode != lib.TU_NEUTRALISED)
+
+    def _take(self, n: int) -> None:
+        entries = self._decode(n)
+        self._consumed(n)
+        self._counters["submits"] += bool(entries)
+        for entry in entries:
+            self._counters["sqes"] += 1
+            ending = None
+            if entry.opcode not in self.supported:
+                ending = -errno.EINVAL
+            elif entry.opcode == Opcode.ASYNC_CANCEL:
+                ending = self._cancel(entry)
+            self._requests.append(_Request(entry, self._delay(), ending))
+
+    def _cancel(self, cancel: Entry) -> int:
+        """Decides what becomes of the operation that is to be cancelled; the result of the cancel itself."""
+        if cancel.op_flags:
+            return -errno.EINVAL  # only by user_data
+        for target in self._requests:
+            if target.entry.user_data == cancel.addr and not target.only_notification_left:
+                break
+        else:
+            return -errno.ENOENT
+        target.delay = min(target.delay, self._delay())
+        answer: int = self._one_of((0, -errno.EALREADY, -errno.ENOENT))
+        if answer != -errno.ENOENT:
+            target.ending = self._one_of((-errno.ECANCELED, -errno.EINTR, _ERESTARTSYS, None))
+        return answer
+
+    def _advance(self) -> None:
+        """One tick passes: whatever is due gets its CQE, in any order."""
+        due = [request for request in self._requests if request.delay == 0]
+        for request in self._requests:
+            request.delay -= 1
+        while due:
+            self._complete(due.pop(self._choices.randrange(len(due))))
+
+    def _complete(self, request: _Request) -> None:
+        entry = request.entry
+        if request.only_notification_left:
+            self._requests.remove(request)
+            self._post(entry, self._one_of(_NOTIFICATIONS), CQE_F_NOTIF)
+            return
+        res = self._own_result(entry) if request.ending is None else request.ending
+        if entry.opcode in _READS and res > 0:
+            ffi.memmove(ffi.cast("char *", entry.addr), bytes([PATTERN]) * res, res)
+        if entry.opcode == Opcode.SEND_ZC and (res >= 0 or self._one_of((False, True))):
+            request.only_notification_left = True
+            request.delay = self._delay()
+            self._post(entry, res, CQE_F_MORE)
+        else:
+            self._requests.remove(request)
+            self._post(entry, res, 0)
+
+    def _own_result(self, entry: Entry) -> int:
+        """What the operation ends with if no cancel decides."""
+        opcode = entry.opcode
+        if opcode in _MAY_FAIL and self._faults and self._rarely():
+            return int(self._one_of(self._faults))
+        if opcode in _TRANSFERS:
+            counts = entry.length + 1 if opcode in _READS else max(entry.length, 1)  # a read may find the end
+            return entry.length - self._choices.randrange(counts)
+        if opcode in _MAKES_FD:
+            fd = next(self._fds)
+            self.open_fds.add(fd)
+            return fd
+        if opcode == Opcode.POLL_ADD:
+            return entry.op_flags
+        if opcode == Opcode.TIMEOUT:
+            return -errno.ETIME
+        if opcode == Opcode.CLOSE and entry.fd >= _FIRST_FD:
+            if entry.fd not in self.open_fds:
+                return -errno.EBADF
+            self.close_fd(entry.fd)
+        return 0
+
+    def _post(self, entry: Entry, res: int, flags: int) -> None:
+        self._counters["overflows"] += len(self._cq) >= self.config.effective_cq_entries
+        self._cq.append((entry, res, flags))
+        if self._eventfd is not None:
+            os.eventfd_write(self._eventfd, 1)
+
+    def _reap(self) -> list[int]:
+        """As many CQEs as the completion queue holds; the rest waits."""
+        events: list[int] = []
+        for _ in range(min(len(self._cq), self.config.effective_cq_entries)):
+            entry, res, flags = self._cq.popleft()
+            self._counters["cqes"] += 1
+            events += (entry.user_data, res, flags)
+        return events
