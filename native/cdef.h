@@ -6,8 +6,8 @@ struct tu_ring {
     unsigned sq_entries;
     unsigned cq_entries;
     int ring_fd;
-    unsigned pushed;           /* of the last tick: entries taken from staging  */
     unsigned reaped;           /* of the last tick: CQEs in `cqes`              */
+    uint64_t taken;            /* entries taken from staging, ever              */
     uint64_t enters;           /* io_uring_enter calls, ever                    */
     uint64_t submits;          /* ticks that had something to submit            */
     uint64_t sqes;             /* entries handed to the kernel, ever            */
@@ -36,6 +36,8 @@ void tu_free(struct tu_ring *r);
 /* The structs operations own while the kernel uses them. */
 
 typedef int... tu_socklen_t;
+typedef int... tu_iovlen_t;
+typedef int... tu_controllen_t;
 
 struct iovec { void *iov_base; size_t iov_len; };
 
@@ -43,9 +45,9 @@ struct msghdr {
     void *msg_name;
     tu_socklen_t msg_namelen;
     struct iovec *msg_iov;
-    size_t msg_iovlen;
+    tu_iovlen_t msg_iovlen;
     void *msg_control;
-    size_t msg_controllen;
+    tu_controllen_t msg_controllen;
     int msg_flags;
     ...;
 };

@@ -48,10 +48,14 @@
 #define TU_CQES_PER_TICK 1024
 #define TU_NEUTRALISED 0xff
 
-/* Kernel ABI newer than some liburing headers. */
-#define TU_FEAT_EXT_ARG (1U << 8)
+/* SQEs are filled in Python, with these in mind. */
+_Static_assert(sizeof(void *) == 8, "trio_uring needs a 64-bit machine");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "trio_uring needs a little-endian machine");
 
+/* Their widths differ between C libraries. */
 typedef socklen_t tu_socklen_t;
+typedef __typeof__(((struct msghdr *)0)->msg_iovlen) tu_iovlen_t;
+typedef __typeof__(((struct msghdr *)0)->msg_controllen) tu_controllen_t;
 
 struct tu_ring {
     unsigned setup_flags;
@@ -59,8 +63,8 @@ struct tu_ring {
     unsigned sq_entries;
     unsigned cq_entries;
     int ring_fd;
-    unsigned pushed;
     unsigned reaped;
+    uint64_t taken;
     uint64_t enters;
     uint64_t submits;
     uint64_t sqes;
@@ -123,7 +127,7 @@ int tu_open(struct tu_ring *r, unsigned entries, unsigned cq_entries, unsigned f
 
     if (ret < 0)
         return ret;
-    if (!(p.features & TU_FEAT_EXT_ARG)) {
+    if (!(p.features & IORING_FEAT_EXT_ARG)) {
         io_uring_queue_exit(&r->ring);
         return -ENOSYS;
     }
@@ -223,15 +227,17 @@ static int submit(struct tu_ring *r)
     return io_uring_submit(&r->ring);
 }
 
-/* Moves staged entries into the submission queue; a full queue is handed to the kernel on the way. */
+/*
+ * Moves staged entries into the submission queue; a full queue is handed to the kernel on the way. What has been moved
+ * is counted in r->taken and must not be staged again, whatever happens next: the kernel finds it at the next enter.
+ */
 static int push(struct tu_ring *r, const struct io_uring_sqe *staged, unsigned n)
 {
-    r->pushed = 0;
-    while (r->pushed < n) {
+    for (const struct io_uring_sqe *entry = staged; entry < staged + n; entry++) {
         struct io_uring_sqe *sqe;
 
-        if (staged[r->pushed].opcode == TU_NEUTRALISED) {
-            r->pushed++;
+        if (entry->opcode == TU_NEUTRALISED) {
+            r->taken++;
             continue;
         }
         sqe = io_uring_get_sqe(&r->ring);
@@ -244,8 +250,8 @@ static int push(struct tu_ring *r, const struct io_uring_sqe *staged, unsigned n
             if (!sqe)
                 return -EAGAIN;
         }
-        memcpy(sqe, &staged[r->pushed], sizeof(*sqe));
-        r->pushed++;
+        memcpy(sqe, entry, sizeof(*sqe));
+        r->taken++;
         r->sqes++;
     }
     return 0;
@@ -299,13 +305,14 @@ static bool passing_trouble(int err)
 /*
  * Submits the first n staged entries, waits up to timeout_ns for a completion (not at all when there
  * is one already), reaps. Returns the number of CQEs in r->cqes when everything went through, and
- * -ETIME in place of 0 when the time-out expired. Any other negative value: r->pushed and r->reaped
+ * -ETIME in place of 0 when the time-out expired. Any other negative value: r->taken and r->reaped
  * tell how far it came; -EINTR, the wait ended early without a completion; -EAGAIN, entries are left.
  */
 int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_ns)
 {
+    uint64_t end = r->taken + n;
+    bool expired = true, stalled;
     int ret;
-    bool expired = true;
 
     if (belongs_to_parent(r))
         return -EOWNERDEAD;
@@ -334,16 +341,16 @@ int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_n
     if (ret < 0 && !passing_trouble(ret))
         return ret;
 
-    if (!(r->setup_flags & IORING_SETUP_SQPOLL) && (r->pushed < n || io_uring_sq_ready(&r->ring))) {
-        r->stalls++;
-        ret = reap_all(r);
-        if (ret == 0 && !r->reaped)
-            usleep(1000);
-        return ret < 0 ? ret : -EAGAIN;
-    }
+    stalled = r->taken < end || (!(r->setup_flags & IORING_SETUP_SQPOLL) && io_uring_sq_ready(&r->ring));
     ret = reap_all(r);
     if (ret < 0 && !passing_trouble(ret))
         return ret;
+    if (stalled) {
+        r->stalls++;
+        if (!r->reaped)
+            usleep(r->setup_flags & IORING_SETUP_SQPOLL ? 10 : 1000);
+        return -EAGAIN;
+    }
     if (r->reaped)
         return (int)r->reaped;
     return expired ? -ETIME : -EINTR;
@@ -356,22 +363,21 @@ int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_n
  */
 int tu_flush(struct tu_ring *r, const void *staged, unsigned n)
 {
-    unsigned done = 0;
+    uint64_t start = r->taken;
 
     if (belongs_to_parent(r))
         return -EOWNERDEAD;
     for (int attempt = 0; attempt < 1000; attempt++) {
+        unsigned done = (unsigned)(r->taken - start);
         int ret = push(r, (const struct io_uring_sqe *)staged + done, n - done);
 
-        done += r->pushed;
-        r->pushed = done;
         if (ret < 0 && !passing_trouble(ret))
             return ret;
         r->enters++;
         ret = io_uring_submit_and_get_events(&r->ring);
         if (ret < 0 && !passing_trouble(ret))
             return ret;
-        if (done == n && !io_uring_sq_ready(&r->ring))
+        if (r->taken == start + n && !io_uring_sq_ready(&r->ring))
             return 0;
         if (r->setup_flags & IORING_SETUP_SQPOLL)
             sched_yield();

@@ -191,8 +191,17 @@ class Retry(NamedTuple):
     keep: Any
 
 
+def closed_error() -> trio.ClosedResourceError:
+    """For a task whose fd was closed by another."""
+    return trio.ClosedResourceError("another task closed this fd")
+
+
 def _raise_closed() -> NoReturn:
-    raise trio.ClosedResourceError("another task closed this fd")
+    raise closed_error()
+
+
+def _raise_cancelled_by_fd() -> NoReturn:
+    raise os_error(-errno.ECANCELED)
 
 
 class Operation:
@@ -292,9 +301,10 @@ class Operation:
     def _complete_partly(self, res: int) -> None:
         """A result, while the kernel goes on reading the buffer."""
         before = self._state
-        if self._move(Event.RESULT_CQE) is State.NOTIFYING:
-            if before is State.CANCELLING:
-                self._count_cancel(res)
+        after = self._move(Event.RESULT_CQE)
+        if before is not State.IN_FLIGHT:
+            self._count_cancel(res)
+        if after is State.NOTIFYING:
             assert self.task is not None
             self.res = res
             self.owner.wake(self.task, res)
@@ -302,7 +312,8 @@ class Operation:
     def _complete_late(self, before: State, res: int, flags: int) -> None:
         """The last CQE of an operation that was cancelled, detached or only waited for its notification."""
         if before is State.NOTIFYING:  # res is a flag word; the task has been woken with the result
-            self._unpin()
+            if not self._is_to_be_retried(self.res):
+                self._unpin()
         elif before is State.CANCELLING:
             self._count_cancel(res)
             if not self._is_to_be_retried(res):
@@ -359,15 +370,20 @@ class Operation:
             assert task is not None
             self._move(Event.CLOSE)
             self._take_back()
-            self.owner.wake(task, outcome.Error(trio.ClosedResourceError("another task closed this fd")))
+            self.owner.wake(task, outcome.Error(closed_error()))
         elif state is State.IN_FLIGHT and self.kind.readiness:
             assert task is not None
             self._detach(Event.RELEASE)
-            self.owner.wake(task, outcome.Error(trio.ClosedResourceError("another task closed this fd")))
+            self.owner.wake(task, outcome.Error(closed_error()))
         elif state is State.IN_FLIGHT:
             self._cancel_in_kernel(Event.CLOSE, _raise_closed)
         else:
             self._move(Event.CLOSE)
+
+    def expect_cancel_by_fd(self) -> None:
+        """Somebody is about to cancel whatever is in flight on the fd: what comes of it is not to be tried again."""
+        if self._state is _IN_FLIGHT and self.interrupt is None:
+            self.interrupt = _raise_cancelled_by_fd
 
     def abandon(self) -> None:
         """The task is gone for good (its run was torn down): nobody will pick the result up."""

@@ -32,7 +32,7 @@ import threading
 import types
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol, cast
@@ -43,7 +43,7 @@ from trio.lowlevel import current_task, enable_ki_protection
 
 from . import _trio_internals
 from ._abi import Opcode
-from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State
+from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State, closed_error
 from ._errors import RingError, UnavailableError, UnsupportedOperation
 from ._ring import Ring, RingConfig
 
@@ -66,6 +66,10 @@ DRAIN_SECONDS: Final = 10.0
 
 _kept_for_ever: list[Operation] = []
 
+# A manager lives until it is closed. As garbage, with a thread that is gone or a host that gave up its guest run, its
+# ring could be finalised first, and then nobody could drain it.
+_open_managers: set[UringIOManager] = set()
+
 POLL_IN: Final = Kind(
     name="wait_readable",
     opcode=Opcode.POLL_ADD,
@@ -86,6 +90,9 @@ POLL_OUT: Final = Kind(
     direction="write",
     readiness=True,
 )
+
+
+_ANY_POLL: Final = replace(POLL_IN, name="wait_until_ready", summary="a wait before another try", direction=None)
 
 
 class HasFileno(Protocol):
@@ -190,6 +197,11 @@ class _Wakeup:
         self.arm()
 
 
+def number_of(fd: int | HasFileno) -> int:
+    """The number of an fd, or of an object that has one."""
+    return fd if isinstance(fd, int) else fd.fileno()
+
+
 def _drain_eventfd(fd: int) -> None:
     try:
         os.eventfd_read(fd)
@@ -221,17 +233,18 @@ class UringIOManager:
         self._notify_wanted = False
         self._closed = False
         self._cancels_asked = 0
-        self._now = monotonic()
+        self._now = 0.0  # when this tick began; 0: nobody has asked yet
         self._missing = frozenset(Opcode) - self.ring.supported
         self._wakeup = _Wakeup(self.ring)
         self._slots: list[Any] = [_Notices(), self._wakeup]
         self._idle: list[Operation] = []
         self._idle_polls: list[Operation] = []
         self._counted_slots = 0
-        self._queue: OrderedDict[Task, None] = OrderedDict()
+        self._queue: OrderedDict[Task, int] = OrderedDict()
         self._by_fd: dict[int, set[Operation]] = {}
         self._unprocessed: Iterator[int] = iter(())
         _this_thread.manager = self
+        _open_managers.add(self)
 
     # What trio calls
 
@@ -243,15 +256,20 @@ class UringIOManager:
             self.ring.enable()
             self._owner = get_ident()
         events = self.ring.tick(timeout)
-        self._now = monotonic()
-        if not events and self._notify_fd is not None:  # guest mode: a worker may be about to wait
+        self._now = 0.0
+        if events:
+            self._unprocessed = iter(events)
+        elif self._notify_fd is not None:  # guest mode: a worker may be about to wait
             self.ring.register_eventfd(self._notify_fd)
         return events
 
     def process_events(self, events: list[int]) -> None:
         """Lets each operation that has a CQE in ``events`` decide what that means for its task."""
+        if not events:
+            return
         slots = self._slots
-        # Kept, so that the drain sees the rest if one of them fails.
+        # Kept, so that the drain sees the rest if one of them fails. From the start: a host may give up its guest run
+        # between `get_events` and this.
         rest = self._unprocessed = iter(events)
         for token, res, flags in zip(rest, rest, rest):  # noqa: B905
             slots[token & INDEX_MASK].complete(token, res, flags)
@@ -261,17 +279,24 @@ class UringIOManager:
 
     async def wait_readable(self, fd: int | HasFileno) -> None:
         """See `trio.lowlevel.wait_readable`. IORING_OP_POLL_ADD, Linux 5.1."""
-        await self.perform(POLL_IN, fd if isinstance(fd, int) else fd.fileno(), op_flags=select.POLLIN)
+        await self.perform(POLL_IN, number_of(fd), op_flags=select.POLLIN)
 
     async def wait_writable(self, fd: int | HasFileno) -> None:
         """See `trio.lowlevel.wait_writable`. IORING_OP_POLL_ADD, Linux 5.1."""
-        await self._until_writable(fd if isinstance(fd, int) else fd.fileno())
+        await self._until_writable(POLL_OUT, number_of(fd))
 
     def notify_closing(self, fd: int | HasFileno) -> None:
         """See `trio.lowlevel.notify_closing`. When it returns, no SQE names ``fd`` and no cancelled poll holds it."""
-        number = fd if isinstance(fd, int) else fd.fileno()
-        operations = self._by_fd.get(number)
-        if not operations or self._closed:
+        number = number_of(fd)
+        if number < 0:
+            return
+        operations = self._by_fd.pop(number, None)  # what comes now is for another file of that number
+        if self._closed:
+            return
+        for task in [task for task, waits_for in self._queue.items() if waits_for == number]:
+            del self._queue[task]
+            trio.lowlevel.reschedule(task, outcome.Error(closed_error()))
+        if not operations:
             return
         for operation in tuple(operations):
             operation.fd_closing()
@@ -285,7 +310,7 @@ class UringIOManager:
     def statistics(self) -> UringStatistics:
         """A snapshot; see `UringStatistics`."""
         in_flight = [op for op in self._operations() if op.state is not State.IDLE]
-        waiting = [op for op in in_flight if op.kind.readiness and op.task is not None]
+        waiting = [op for op in in_flight if op.kind.readiness and op.state in (State.STAGED, State.IN_FLIGHT)]
         ring = self.ring.counters()
         return UringStatistics(
             tasks_waiting_read=sum(op.kind is POLL_IN for op in waiting),
@@ -323,6 +348,7 @@ class UringIOManager:
         if self._closed:
             return
         self._closed = True
+        _open_managers.discard(self)
         self._queue.clear()
         self.perform = _no_manager.perform  # type: ignore[method-assign]  # for late calls
         if _this_thread.manager is self:
@@ -335,7 +361,9 @@ class UringIOManager:
             self._wakeup.close()
             if self._notify_fd is not None:
                 os.close(self._notify_fd)
-            self._slots.clear()  # breaks the cycle operation -> trap -> abort -> operation
+            for operation in self._operations():
+                operation.trap = None  # breaks the cycle operation -> trap -> abort -> operation
+            self._slots.clear()
 
     # What operations call
 
@@ -352,6 +380,11 @@ class UringIOManager:
         trio.lowlevel.reschedule(task, outcome.Value(operation))
 
     # What `lowlevel` calls
+
+    def expect_cancel_by_fd(self, fd: int) -> None:
+        """An ASYNC_CANCEL by fd is about to be staged."""
+        for operation in self._by_fd.get(fd, ()):
+            operation.expect_cancel_by_fd()
 
     @enable_ki_protection
     @types.coroutine
@@ -389,69 +422,91 @@ class UringIOManager:
                 errno.EOPNOTSUPP,
                 f"this kernel lacks IORING_OP_{kind.opcode.name} ({kind.name}); Linux {kind.since} brought it",
             )
-        while True:
-            task = current_task()
-            pool = self._idle_polls if kind.readiness else self._idle
-            operation: Operation = pool.pop() if pool else (yield from self._another_slot(kind, task))
-            siblings = self._by_fd.get(fd)
-            if siblings is None:
-                siblings = self._by_fd[fd] = set()
-            elif siblings and kind.direction is not None:
-                self._check_not_busy(kind, siblings, operation)
-            operation.task = task
-            operation.kind = kind
-            operation.fd = fd
-            operation.filename = filename
-            operation.pin = pin
-            operation.keep = keep
-            operation.since = self._now
-            operation.siblings = siblings
-            if length < 0:
-                length = len(pin)
-                if length > _MAX_RW_COUNT:
-                    length = _MAX_RW_COUNT
-            try:
-                operation.number = self.ring.stage(
-                    kind.head, fd if via is None else via, off, addr, length, op_flags, operation.begin(), pin
-                )
-            except BaseException:
-                operation.not_staged()
-                raise
-            siblings.add(operation)
-            pin = keep = None  # from here on the operation owns them
+        siblings = self._by_fd.get(fd)
+        if siblings is None:
+            siblings = self._by_fd[fd] = set()
+        try:
+            while True:
+                task = current_task()
+                pool = self._idle_polls if kind.readiness else self._idle
+                operation: Operation = pool.pop() if pool else (yield from self._another_slot(kind, task, fd))
+                if siblings and kind.direction is not None and fd >= 0:
+                    self._check_not_busy(kind, siblings, operation)
+                operation.task = task
+                operation.kind = kind
+                operation.fd = fd
+                operation.filename = filename
+                operation.pin = pin
+                operation.keep = keep
+                operation.since = self._now or self._look_at_the_clock()
+                operation.siblings = siblings
+                if length < 0:
+                    length = len(pin)
+                    if length > _MAX_RW_COUNT:
+                        length = _MAX_RW_COUNT
+                try:
+                    operation.number = self.ring.stage(
+                        kind.head, fd if via is None else via, off, addr, length, op_flags, operation.begin(), pin
+                    )
+                except BaseException:
+                    operation.not_staged()
+                    raise
+                siblings.add(operation)
+                pin = keep = None  # from here on the operation owns them
 
-            try:
-                res = yield operation.trap
-            except BaseException:  # the coroutine is being closed: its run was torn down
-                if operation.task is task:
-                    operation.abandon()
-                raise
-            if type(res) is not int:
-                res = res.unwrap()
-            if res >= 0 or res in kind.success:
-                operation.pick_up()
-                return res  # type: ignore[no-any-return]
-            wait_for, pin, keep = operation.judge(res)
-            if wait_for == select.POLLOUT:
-                yield from self._until_writable(fd)
-            elif wait_for:
-                yield from self.perform(POLL_IN, fd, op_flags=wait_for)
+                try:
+                    res = yield operation.trap
+                except BaseException:  # the coroutine is being closed: its run was torn down
+                    if operation.task is task:
+                        operation.abandon()
+                    raise
+                if type(res) is not int:
+                    res = res.unwrap()
+                if res >= 0 or res in kind.success:
+                    operation.pick_up()
+                    return res  # type: ignore[no-any-return]
+                wait_for, pin, keep = operation.judge(res)
+                self._check_still_open(fd, siblings)
+                if wait_for:
+                    yield from self._until_ready(kind, fd, wait_for)
+                    self._check_still_open(fd, siblings)
+        except BaseException:
+            pin = keep = res = None  # a traceback keeps this frame
+            raise
+
+    def _until_ready(self, kind: Kind, fd: int, events: int) -> Generator[Any, Any, None]:
+        """Waits until another try of an operation is worth while. As many tasks may wait as may operate."""
+        if events == select.POLLOUT:
+            yield from self._until_writable(POLL_OUT if kind.direction else _ANY_POLL, fd)
+        else:
+            yield from self.perform(POLL_IN if kind.direction else _ANY_POLL, fd, op_flags=events)
+
+    def _check_still_open(self, fd: int, siblings: set[Operation]) -> None:
+        """The number may name another file by now. `notify_closing` has taken the set away then."""
+        if self._by_fd.get(fd) is not siblings:
+            raise closed_error()
 
     @enable_ki_protection
     @types.coroutine
-    def _until_writable(self, fd: int) -> Generator[Any, Any, None]:
+    def _until_writable(self, kind: Kind, fd: int) -> Generator[Any, Any, None]:
         """Waits for POLLOUT alone. io_uring always reports POLLRDHUP as well, at once and for ever after the peer's
         half-close, although there may be no room. epoll can be told not to. So in that case, a rare one, the ring
         waits for an epoll that waits for the fd.
         """
-        revents = yield from self.perform(POLL_OUT, fd, op_flags=select.POLLOUT)
+        siblings = self._by_fd.setdefault(fd, set())
+        revents = yield from self.perform(kind, fd, op_flags=select.POLLOUT)
         if revents != select.POLLRDHUP:
             return
+        self._check_still_open(fd, siblings)
         with contextlib.closing(select.epoll()) as epoll:
             epoll.register(fd, select.EPOLLOUT)
-            yield from self.perform(POLL_OUT, fd, op_flags=select.POLLIN, via=epoll.fileno())
+            yield from self.perform(kind, fd, op_flags=select.POLLIN, via=epoll.fileno())
 
-    def _another_slot(self, kind: Kind, task: Task) -> Generator[Any, Any, Operation]:
+    def _look_at_the_clock(self) -> float:
+        self._now = monotonic()
+        return self._now
+
+    def _another_slot(self, kind: Kind, task: Task, fd: int) -> Generator[Any, Any, Operation]:
         """A new slot, or the next one to become free if there may be no more."""
         if kind.readiness:
             return self._new_slot(self._idle_polls, ())
@@ -463,8 +518,14 @@ class UringIOManager:
             self._queue.pop(task, None)  # it is gone if the run is being torn down
             return trio.lowlevel.Abort.SUCCEEDED
 
-        self._queue[task] = None
+        siblings = self._by_fd[fd]
+        self._queue[task] = fd
         operation: Operation = yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105
+        try:
+            self._check_still_open(fd, siblings)
+        except trio.ClosedResourceError:
+            operation.not_staged()
+            raise
         return operation
 
     def _new_slot(self, home: list[Operation], waiters: Collection[Task]) -> Operation:
@@ -509,28 +570,31 @@ class UringIOManager:
         return [op for op in self._operations() if op.state is not State.IDLE]
 
     def _drain(self) -> None:
-        for operation in self._in_kernel():
-            operation.abandon()
-        if not self._in_kernel():
-            return
-        self.process_events(list(self._unprocessed))
-        deadline = monotonic() + DRAIN_SECONDS
-        if get_ident() == self._owner:
-            while self._in_kernel() and (left := deadline - monotonic()) > 0:
-                self.process_events(self.ring.tick(min(left, 1.0)))
-        left_over = self._in_kernel()
-        if left_over:
-            _kept_for_ever.extend(left_over)
-            warnings.warn(
-                f"the run ended with {len(left_over)} operations the kernel did not give back; "
-                f"their memory stays allocated: {left_over[:5]}",
-                ResourceWarning,
-                stacklevel=2,
-            )
+        try:
+            for operation in self._in_kernel():
+                operation.abandon()
+            self.process_events([*self._unprocessed, *self.ring.rescued])
+            deadline = monotonic() + DRAIN_SECONDS
+            if get_ident() == self._owner:
+                while self._in_kernel() and (left := deadline - monotonic()) > 0:
+                    self.process_events(self.ring.tick(min(left, 1.0)))
+        finally:
+            left_over = self._in_kernel()
+            if left_over:
+                _kept_for_ever.extend(left_over)
+                warnings.warn(
+                    f"the run ended with {len(left_over)} operations the kernel did not give back; "
+                    f"their memory stays allocated: {left_over[:5]}",
+                    ResourceWarning,
+                    stacklevel=2,
+                )
 
 
 class _NoManager:
     """Stands where the manager would be in a thread whose run has no ring."""
+
+    def expect_cancel_by_fd(self, fd: int) -> None:
+        """Nothing is in flight."""
 
     def perform(self, kind: Kind, *args: object, **kwargs: object) -> NoReturn:
         current_task()  # outside of any run: trio's own error
@@ -549,3 +613,9 @@ class _ThisThread(threading.local):
 
 
 _this_thread: Final = _ThisThread()
+
+
+def close_left_over() -> None:
+    """Closes this thread's manager, if there is one: trio begins no second run in a thread, so its own never began."""
+    if isinstance(_this_thread.manager, UringIOManager):
+        _this_thread.manager.close()

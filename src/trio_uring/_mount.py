@@ -15,9 +15,10 @@ import warnings
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from . import _trio_internals
-from ._core import UringIOManager, UringStatistics, _this_thread
+from ._core import UringIOManager, UringStatistics, _this_thread, close_left_over
 from ._errors import FallbackWarning, UnavailableError
 from ._ring import RingConfig
 
@@ -51,6 +52,7 @@ class TheIOManager(UringIOManager):
         config = _requests.config or _installed
         if config is None or config.effective_mode == "off":
             return _stock()
+        close_left_over()
         manager = super().__new__(cls)
         try:
             UringIOManager.__init__(manager, config)
@@ -83,17 +85,20 @@ def _native_mount_possible(config: RingConfig) -> bool:
 
 
 def _add_user(n: int) -> None:
+    """Puts the dispatcher in place for the first who wants it; takes it away after the last, unless it is gone."""
     global _users, _stock
     with _lock:
-        if _users == 0:
-            _stock = _trio_internals.io_manager_class()
-            _trio_internals.set_io_manager_class(TheIOManager)
         _users += n
-        if _users == 0:
+        current = _trio_internals.io_manager_class()
+        if _users > 0 and current is not TheIOManager:
+            _stock = current
+            _trio_internals.set_io_manager_class(TheIOManager)
+        elif _users == 0 and current is TheIOManager:
             _trio_internals.set_io_manager_class(_stock)
 
 
 @contextlib.contextmanager
+@enable_ki_protection
 def _requested(config: RingConfig) -> Iterator[None]:
     before, _requests.config = _requests.config, config
     _add_user(1)
@@ -146,9 +151,8 @@ def install(config: RingConfig | None = None) -> None:
     config = config or RingConfig()
     if not _native_mount_possible(config):
         return
-    if _installed is None:
-        _add_user(1)
-    _installed = config
+    first, _installed = _installed is None, config
+    _add_user(1 if first else 0)
 
 
 def uninstall() -> None:

@@ -17,6 +17,7 @@ What holds for all of them, so that each docstring can be short:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -29,7 +30,8 @@ from trio.lowlevel import enable_ki_protection
 
 from ._abi import ASYNC_CANCEL_ALL, ASYNC_CANCEL_FD, FSYNC_DATASYNC, Opcode
 from ._cancel import Kind
-from ._core import HasFileno, _this_thread
+from ._core import HasFileno, _this_thread, number_of
+from ._errors import ERESTARTS
 from ._ring import ffi
 from ._sockaddr import (
     Ancillary,
@@ -76,11 +78,8 @@ def _row(name: str, opcode: Opcode, since: str, result: Any, summary: str, man: 
 
 
 def _close_result(res: int, keep: Any) -> None:
-    os.close(res)
-
-
-def _number(fd: int | HasFileno) -> int:
-    return fd if isinstance(fd, int) else fd.fileno()
+    with contextlib.suppress(OSError):  # it is closed in any case, and nobody is there to be told
+        os.close(res)
 
 
 def _address_of(struct: Any) -> int:
@@ -103,7 +102,7 @@ WRITEV = _row("writev", Opcode.WRITEV, "5.1", "count", "write from several buffe
 FSYNC = _row("fsync", Opcode.FSYNC, "5.1", "nothing", "flush a file's data and metadata to storage")
 FDATASYNC = _row("fdatasync", Opcode.FSYNC, "5.1", "nothing", "flush a file's data to storage")
 OPENAT = _row("openat", Opcode.OPENAT, "5.6", "fd", "open a file", dispose=_close_result)
-CLOSE = _row("close", Opcode.CLOSE, "5.6", "nothing", "close an fd", success=frozenset({-errno.EINTR}))
+CLOSE = _row("close", Opcode.CLOSE, "5.6", "nothing", "close an fd", success=ERESTARTS | {-errno.EINTR})
 STATX = _row("statx", Opcode.STATX, "5.6", "struct", "a file's metadata")
 
 
@@ -119,7 +118,7 @@ async def read(fd: int | HasFileno, buffer: Buffer, offset: int = -1) -> int:
     A read of a regular file that the kernel has begun cannot be cancelled; bound its size instead.
     """
     return await _this_thread.manager.perform(
-        READ, fd if type(fd) is int else _number(fd), offset, _from_buffer(_CHARS, buffer, True), -1
+        READ, fd if type(fd) is int else number_of(fd), offset, _from_buffer(_CHARS, buffer, True), -1
     )
 
 
@@ -133,7 +132,7 @@ async def write(fd: int | HasFileno, data: Buffer, offset: int = -1) -> int:
         offset: where in the file; -1 is the file's position, which moves.
     """
     return await _this_thread.manager.perform(
-        WRITE, fd if type(fd) is int else _number(fd), offset, _from_buffer(_CHARS, data), -1
+        WRITE, fd if type(fd) is int else number_of(fd), offset, _from_buffer(_CHARS, data), -1
     )
 
 
@@ -156,7 +155,7 @@ async def readv(fd: int | HasFileno, buffers: Sequence[Buffer], offset: int = -1
         offset: as in `read`.
     """
     vector, views = _iovec(buffers, writable=True)
-    performing = _this_thread.manager.perform(READV, _number(fd), offset, vector, len(views), keep=views)
+    performing = _this_thread.manager.perform(READV, number_of(fd), offset, vector, len(views), keep=views)
     del vector, views
     return await performing
 
@@ -171,7 +170,7 @@ async def writev(fd: int | HasFileno, buffers: Sequence[Buffer], offset: int = -
         offset: as in `write`.
     """
     vector, views = _iovec(buffers, writable=False)
-    performing = _this_thread.manager.perform(WRITEV, _number(fd), offset, vector, len(views), keep=views)
+    performing = _this_thread.manager.perform(WRITEV, number_of(fd), offset, vector, len(views), keep=views)
     del vector, views
     return await performing
 
@@ -182,13 +181,13 @@ async def fsync(fd: int | HasFileno) -> None:
 
     The kernel does it in a worker thread.
     """
-    await _this_thread.manager.perform(FSYNC, _number(fd))
+    await _this_thread.manager.perform(FSYNC, number_of(fd))
 
 
 @enable_ki_protection
 async def fdatasync(fd: int | HasFileno) -> None:
     """As `fsync`, without metadata that reading does not need. IORING_OP_FSYNC with DATASYNC, Linux 5.1."""
-    await _this_thread.manager.perform(FDATASYNC, _number(fd), op_flags=FSYNC_DATASYNC)
+    await _this_thread.manager.perform(FDATASYNC, number_of(fd), op_flags=FSYNC_DATASYNC)
 
 
 @enable_ki_protection
@@ -275,7 +274,7 @@ def _stat_result(stx: Any) -> os.stat_result:
 def _close_received_fds(res: int, keep: Any) -> None:
     message = keep[0]
     for fd in descriptors(decode_ancillary(_control(message))):
-        os.close(fd)
+        _close_result(fd, None)
 
 
 SOCKET = _row("socket", Opcode.SOCKET, "5.19", "fd", "create a socket", dispose=_close_result)
@@ -324,7 +323,7 @@ def _patient(kind: Kind, flags: int) -> Kind:
 @enable_ki_protection
 async def socket(family: int = stdlib_socket.AF_INET, type: int = stdlib_socket.SOCK_STREAM, proto: int = 0) -> int:
     """Creates a socket and returns its fd, which is not inheritable. IORING_OP_SOCKET, Linux 5.19."""
-    return await _this_thread.manager.perform(SOCKET, family, type | stdlib_socket.SOCK_CLOEXEC, None, proto)
+    return await _this_thread.manager.perform(SOCKET, -1, type | stdlib_socket.SOCK_CLOEXEC, None, proto, via=family)
 
 
 @enable_ki_protection
@@ -333,13 +332,15 @@ async def accept(fd: int | HasFileno, flags: int = stdlib_socket.SOCK_CLOEXEC) -
 
     Args:
         fd: a listening socket.
-        flags: ``SOCK_CLOEXEC`` and ``SOCK_NONBLOCK`` for the new fd.
+        flags: ``SOCK_NONBLOCK`` for the new fd; ``SOCK_CLOEXEC`` is added.
 
     An accept that wins against its cancel returns its connection; none is leaked or dropped.
     """
     storage = _new(_STORAGE)
     size = _new(_SOCKLEN, _STORAGE_SIZE)
-    number = await _this_thread.manager.perform(ACCEPT, _number(fd), _address_of(size), storage, 0, flags, keep=size)
+    number = await _this_thread.manager.perform(
+        ACCEPT, number_of(fd), _address_of(size), storage, 0, flags | stdlib_socket.SOCK_CLOEXEC, keep=size
+    )
     raw = bytes(ffi.buffer(storage, min(size[0], _STORAGE_SIZE)))
     return number, decode_address(raw)
 
@@ -355,7 +356,7 @@ async def connect(fd: int | HasFileno, address: Any) -> None:
     After `trio.Cancelled` the socket is of no use: close it.
     """
     raw = encode_address(address)
-    await _this_thread.manager.perform(CONNECT, _number(fd), len(raw), _new(_CHARS, raw))
+    await _this_thread.manager.perform(CONNECT, number_of(fd), len(raw), _new(_CHARS, raw))
 
 
 @enable_ki_protection
@@ -366,7 +367,7 @@ async def shutdown(fd: int | HasFileno, how: int) -> None:
         fd: the socket.
         how: ``socket.SHUT_RD``, ``SHUT_WR`` or ``SHUT_RDWR``.
     """
-    await _this_thread.manager.perform(SHUTDOWN, _number(fd), length=how)
+    await _this_thread.manager.perform(SHUTDOWN, number_of(fd), length=how)
 
 
 @enable_ki_protection
@@ -380,7 +381,7 @@ async def send(fd: int | HasFileno, data: Buffer, flags: int = 0) -> int:
             returns what was sent, if anything was.
     """
     return await _this_thread.manager.perform(
-        _patient(SEND, flags), fd if type(fd) is int else _number(fd), 0, _from_buffer(_CHARS, data), -1, flags
+        _patient(SEND, flags), fd if type(fd) is int else number_of(fd), 0, _from_buffer(_CHARS, data), -1, flags
     )
 
 
@@ -395,7 +396,7 @@ async def recv(fd: int | HasFileno, buffer: Buffer, flags: int = 0) -> int:
     """
     return await _this_thread.manager.perform(
         RECV if not flags else _patient(RECV, flags),
-        fd if type(fd) is int else _number(fd),
+        fd if type(fd) is int else number_of(fd),
         0,
         _from_buffer(_CHARS, buffer, True),
         -1,
@@ -450,7 +451,7 @@ async def sendmsg(
         _from_buffer(_CHARS, control) if control else None,
         writable=False,
     )
-    performing = _this_thread.manager.perform(_patient(SENDMSG, flags), _number(fd), 0, keep[0], 1, flags, keep=keep)
+    performing = _this_thread.manager.perform(_patient(SENDMSG, flags), number_of(fd), 0, keep[0], 1, flags, keep=keep)
     del keep
     return await performing
 
@@ -474,7 +475,7 @@ async def recvmsg(
     control = _new(_CHARS, ancbufsize) if ancbufsize else None
     keep = _message([data], _new(_STORAGE), _STORAGE_SIZE, control, writable=True)
     message = keep[0]
-    count = await _this_thread.manager.perform(_patient(RECVMSG, flags), _number(fd), 0, message, 1, flags, keep=keep)
+    count = await _this_thread.manager.perform(_patient(RECVMSG, flags), number_of(fd), 0, message, 1, flags, keep=keep)
     address = decode_address(bytes(ffi.buffer(message.msg_name, min(message.msg_namelen, _STORAGE_SIZE))))
     return bytes(memoryview(data)[:count]), decode_ancillary(_control(message)), message.msg_flags, address
 
@@ -497,7 +498,7 @@ async def poll(fd: int | HasFileno, events: int) -> int:
         fd: anything poll(2) takes.
         events: ``select.POLLIN`` and so on. ``POLLERR``, ``POLLHUP`` and ``POLLRDHUP`` are always reported.
     """
-    return await _this_thread.manager.perform(POLL, _number(fd), op_flags=events)
+    return await _this_thread.manager.perform(POLL, number_of(fd), op_flags=events)
 
 
 @enable_ki_protection
@@ -525,8 +526,10 @@ async def async_cancel(fd: int | HasFileno) -> int:
 
     Tasks that wait for one of them get ``OSError(ECANCELED)``. To cancel a task use its cancel scope.
     """
+    await trio.lowlevel.checkpoint_if_cancelled()
     manager = _this_thread.manager
+    manager.expect_cancel_by_fd(number_of(fd))
     try:
-        return await manager.perform(ASYNC_CANCEL, _number(fd), op_flags=ASYNC_CANCEL_FD | ASYNC_CANCEL_ALL)
+        return await manager.perform(ASYNC_CANCEL, number_of(fd), op_flags=ASYNC_CANCEL_FD | ASYNC_CANCEL_ALL)
     except FileNotFoundError:  # nothing is in flight
         return 0

@@ -70,6 +70,8 @@ _SQPOLL_LADDER: Final = (
 
 _MAX_ENTRIES: Final = 32768
 _MAX_CQ_ENTRIES: Final = 65536
+_MAX_IN_FLIGHT: Final = 1 << 19  # half of what a token's index can tell apart; readiness polls have the other half
+_MAX_WORKERS: Final = (1 << 31) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +108,11 @@ class RingConfig:
             raise ValueError(f"entries must be 1 to {_MAX_ENTRIES}, not {self.entries}")
         if self.cq_entries is not None and not self.entries <= self.cq_entries <= _MAX_CQ_ENTRIES:
             raise ValueError(f"cq_entries must be {self.entries} (entries) to {_MAX_CQ_ENTRIES}, not {self.cq_entries}")
-        if self.max_in_flight < 1:
-            raise ValueError(f"max_in_flight must be at least 1, not {self.max_in_flight}")
-        if min(self.max_workers) < 0:
-            raise ValueError(f"max_workers must not be negative: {self.max_workers}")
+        if not 1 <= self.max_in_flight <= _MAX_IN_FLIGHT:
+            raise ValueError(f"max_in_flight must be 1 to {_MAX_IN_FLIGHT}, not {self.max_in_flight}")
+        workers = list(self.max_workers)
+        if len(workers) != 2 or not all(0 <= n <= _MAX_WORKERS for n in workers):
+            raise ValueError(f"max_workers must be two numbers from 0 to {_MAX_WORKERS}, not {self.max_workers}")
         check_mode(self.mode, "mode")
 
     @property
@@ -142,14 +145,16 @@ class SubmissionQueue:
     """SQEs staged in memory of ours, numbered from 0 in the order in which they are staged.
 
     ``base`` is the number of the first entry the kernel has not been given, ``tail`` the number of the next to be
-    staged. `Ring` and the simulated ring of `trio_uring.testing` share this part.
+    staged. ``rescued`` holds CQEs of a tick that failed. `Ring` and the simulated ring of `trio_uring.testing` share
+    this part.
     """
 
-    __slots__ = ("_bytes", "_capacity", "_memory", "_pointers", "base", "tail")
+    __slots__ = ("_bytes", "_capacity", "_memory", "_pointers", "base", "rescued", "tail")
 
     def __init__(self, capacity: int = 512) -> None:
         self.base = 0
         self.tail = 0
+        self.rescued: list[int] = []
         self._allocate(capacity)
 
     def _allocate(self, capacity: int) -> None:
@@ -183,23 +188,26 @@ class SubmissionQueue:
             OverflowError: a value does not fit its field. Nothing is staged.
             TypeError: a value is not an integer. Nothing is staged.
         """
-        number = self.tail
-        index = number - self.base
-        if index == self._capacity:
+        if self.tail - self.base == self._capacity:
             self._grow()
         # The entry is ours before it is filled: whatever runs in between (a finaliser) stages behind it.
+        number = self.tail
         self.tail = number + 1
+        index = number - self.base
         try:
             _fill(self._bytes, index << 6, head, fd, off, addr, length, op_flags, user_data)
             if extra is not None:
                 _SQE_EXTRA.pack_into(self._bytes, (index << 6) + _SQE_EXTRA_AT, *extra, 0)
+            if pin is not None:
+                self._pointers[(index << 3) + _ADDR_AT] = pin
         except struct.error as exc:
             self.neutralise(number)
             values = (head, fd, off, addr, length, op_flags, user_data, *(extra or ()))
             error = OverflowError if all(isinstance(value, int) for value in values) else TypeError
             raise error(f"an argument does not fit the submission queue entry: {exc}") from None
-        if pin is not None:
-            self._pointers[(index << 3) + _ADDR_AT] = pin
+        except BaseException:
+            self.neutralise(number)
+            raise
         return number
 
     def is_staged(self, number: int) -> bool:
@@ -287,31 +295,41 @@ class Ring(SubmissionQueue):
         """
         tail = self.tail
         try:
-            got = _tick(self._ring, self._memory, tail - self.base, int(timeout * 1e9))
-        except TypeError:
-            self._live()  # a closed ring is the likely cause
+            got = _tick(self._ring, self._memory, tail - self.base, int(timeout * 1e9) if timeout else 0)
+            if got > 0:
+                self.base = tail
+                return self._cqes[: 3 * got].tolist()
+            if got == _ETIME:
+                self.base = tail
+                return []
+        except BaseException:  # from a signal handler; or the ring is closed
+            self._count_taken(self._live())
             raise
-        if got > 0:
-            self.base = tail
-            return self._cqes[: 3 * got].tolist()
-        if got == _ETIME:
-            self.base = tail
-            return []
         return self._troubled_tick(got)
 
     def _troubled_tick(self, got: int) -> list[int]:
+        ring = self._ring
+        if got == -errno.EOWNERDEAD:
+            self._check(got)
+        self._count_taken(ring)
+        events = self._cqes[: 3 * ring.reaped].tolist()
         if got in (-errno.EINTR, -errno.EAGAIN):
-            self._consumed(self._ring.pushed)
-            return self._cqes[: 3 * self._ring.reaped].tolist() or [INTERRUPTION, 0, 0]
+            return events or [INTERRUPTION, 0, 0]
+        self.rescued += events
         self._check(got)
         raise AssertionError(got)
+
+    def _count_taken(self, ring: Any) -> None:
+        """What the shim has taken must not be staged again, whatever went wrong afterwards."""
+        self._consumed(ring.taken - self.base)
 
     def flush(self) -> None:
         """Gives everything staged to the kernel now. Completions stay in the ring for the next tick."""
         ring = self._live()
-        res = lib.tu_flush(ring, self._memory, self.staged)
-        if res != -errno.EOWNERDEAD:
-            self._consumed(ring.pushed)
+        try:
+            res = lib.tu_flush(ring, self._memory, self.staged)
+        finally:
+            self._count_taken(ring)
         self._check(res)
 
     def pending(self) -> bool:
@@ -395,6 +413,8 @@ class Ring(SubmissionQueue):
     def _check(self, res: int) -> int:
         if res >= 0:
             return res
+        if res == -errno.EOWNERDEAD and self._ring is not None and not self.forked:
+            raise RingError("the kernel thread that polls this ring's submission queue has died")
         if res == -errno.EOWNERDEAD:
             raise RingError("this ring belongs to the parent process; a forked child must start a run of its own")
         if res == -errno.EEXIST:

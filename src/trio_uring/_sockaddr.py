@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import socket
 import struct
@@ -16,6 +17,7 @@ _INET6: Final = struct.Struct("=H2s4s16sI")
 _NETLINK: Final = struct.Struct("=H2xII")
 _VSOCK: Final = struct.Struct("=H2xII")
 _CMSG: Final = struct.Struct("@Nii")
+_SUN_PATH_SIZE: Final = 108
 _ALIGN: Final = struct.calcsize("@N")
 
 Ancillary = tuple[int, int, bytes]
@@ -32,9 +34,9 @@ def encode_address(address: object) -> bytes:
         return _encode_unix(os.fsencode(address))
     if isinstance(address, tuple) and len(address) in (2, 4):
         host, port, *rest = address
-        if not 0 <= port <= 0xFFFF:
+        if not 0 <= operator.index(port) <= 0xFFFF:
             raise ValueError(f"port must be 0 to 65535, not {port}")
-        wire_port = port.to_bytes(2, "big")
+        wire_port = operator.index(port).to_bytes(2, "big")
         if rest or ":" in host:
             return _encode_inet6(host, wire_port, *rest)
         return _INET.pack(socket.AF_INET, wire_port, _numeric(socket.AF_INET, host or "0.0.0.0"))
@@ -42,9 +44,9 @@ def encode_address(address: object) -> bytes:
 
 
 def _encode_unix(path: bytes) -> bytes:
-    if len(path) > 107:
-        raise ValueError(f"a UNIX socket path has at most 107 bytes, this one {len(path)}")
     end = b"" if path.startswith(b"\0") or not path else b"\0"
+    if len(path + end) > _SUN_PATH_SIZE:
+        raise ValueError(f"a UNIX socket path has at most {_SUN_PATH_SIZE - len(end)} bytes, this one {len(path)}")
     return _FAMILY.pack(socket.AF_UNIX) + path + end
 
 
@@ -52,7 +54,9 @@ def _encode_inet6(host: str, wire_port: bytes, flowinfo: int = 0, scope_id: int 
     host, _, interface = host.partition("%")
     if interface:
         scope_id = int(interface) if interface.isdecimal() else socket.if_nametoindex(interface)
-    packed = _numeric(socket.AF_INET6, host)
+    if not (0 <= flowinfo <= 0xFFFFF and 0 <= scope_id <= 0xFFFFFFFF):
+        raise ValueError(f"flowinfo has 20 bits and scope_id 32, not {flowinfo}, {scope_id}")
+    packed = _numeric(socket.AF_INET6, host or "::")
     return _INET6.pack(socket.AF_INET6, wire_port, flowinfo.to_bytes(4, "big"), packed, scope_id)
 
 

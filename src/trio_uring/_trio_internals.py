@@ -6,8 +6,9 @@ Three things need them, and each is checked here, at import, with a way round be
   ``TheIOManager``. If that has changed, `NATIVE_PROBLEM` says so and runs stay on trio's own manager.
 * *waking a task without an Outcome*: saves 0.5 us a wake-up. `_wake_directly` does exactly what
   ``Runner.reschedule`` does; if that method has changed, `wake` is `_wake_publicly`.
-* *a reusable trap*: the object ``wait_task_rescheduled`` yields. It is obtained through the public
-  function, and yielding it again is what that function does.
+* *a reusable trap*: the object ``wait_task_rescheduled`` yields. It is obtained through the public function, once for
+  each operation's slot. Yielding it again is what the public function does as well, if that still has the one trap
+  per call that `NATIVE_PROBLEM` looks for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import outcome
 import trio
-from trio._core import _run
+from trio._core import _run, _traps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,12 +34,21 @@ _RESCHEDULE_NAMES: Final = frozenset({
 
 def io_manager_class() -> type[Any]:
     """The class whose instance becomes the I/O manager of the next run."""
-    return _run.TheIOManager  # type: ignore[attr-defined]
+    return getattr(_run, "TheIOManager", object)
 
 
 def set_io_manager_class(cls: type[Any]) -> None:
     """Replaces it."""
     _run.TheIOManager = cls  # type: ignore[attr-defined]
+
+
+def make_trap(abort: Callable[[RaiseCancelT], Abort]) -> Any:
+    """The object that, yielded to trio, parks the task with this abort function. It can be yielded again and again."""
+    coroutine = trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105
+    try:
+        return coroutine.send(None)
+    finally:
+        coroutine.close()
 
 
 def _native_problem() -> str | None:
@@ -53,6 +63,8 @@ def _native_problem() -> str | None:
             return f"its I/O manager lacks {', '.join(missing)}"
         if "TheIOManager" not in _run.setup_runner.__code__.co_names:
             return "setup_runner no longer creates TheIOManager"
+        if type(make_trap(lambda _: trio.lowlevel.Abort.SUCCEEDED)) is not _traps.WaitTaskRescheduled:
+            return "wait_task_rescheduled yields something else"
     except AttributeError as exc:
         return str(exc)
     return None
@@ -89,12 +101,3 @@ NATIVE_PROBLEM: Final = _native_problem()
 
 wake: Final[Callable[[Task, object], None]] = _wake_directly if _reschedule_is_known() else _wake_publicly
 """Wakes a parked task. It is sent the value bare or in an `outcome.Value`; an `outcome.Error` as it is."""
-
-
-def make_trap(abort: Callable[[RaiseCancelT], Abort]) -> Any:
-    """The object that, yielded to trio, parks the task with this abort function. It can be yielded again and again."""
-    coroutine = trio.lowlevel.wait_task_rescheduled(abort)  # noqa: ASYNC105
-    try:
-        return coroutine.send(None)
-    finally:
-        coroutine.close()
