@@ -26,7 +26,7 @@ trio-suite: install $(VENV)/group-trio-suite
 	$(BIN)/python tests/interop/run_trio_suite.py
 
 bench: install $(VENV)/group-bench
-	$(BIN)/python -m trio_uring bench
+	$(BIN)/python -m benchmarks
 
 install: $(VENV)/installed
 

@@ -1,12 +1,15 @@
 import os
+import sys
 from importlib.metadata import version as installed
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "_ext"))
 
 project = "trio_uring"
 author = "The trio_uring contributors"
 copyright = "The trio_uring contributors"
 version = release = installed("trio-uring")
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib_trio"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib_trio", "source_tables"]
 html_theme = "furo"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -214,7 +214,6 @@ class Operation:
     __slots__ = (
         "_state",
         "fd",
-        "filename",
         "home",
         "interrupt",
         "keep",
@@ -243,7 +242,6 @@ class Operation:
         self.fd = -1
         self.pin: Any = None
         self.keep: Any = None
-        self.filename: object = None
         self.siblings: set[Operation]
         self.number = 0
         self.since = 0.0
@@ -439,7 +437,7 @@ class Operation:
             self._move(Event.PICK_UP)  # the kernel still reads the buffer
             self.task = None
 
-    def judge(self, res: int) -> Retry:
+    def judge(self, res: int, filename: object) -> Retry:
         """Picks up a negative result and says what it means for the task.
 
         Raises:
@@ -447,7 +445,7 @@ class Operation:
             trio.ClosedResourceError: it was cancelled because its fd was closed.
             OSError: anything else that is the caller's to know.
         """
-        interrupt, filename = self.interrupt, self.filename
+        interrupt = self.interrupt
         retry = None
         if self._is_to_be_retried(res):
             retry = Retry(self.kind.wait_for if res == -errno.EAGAIN else 0, self.pin, self.keep)

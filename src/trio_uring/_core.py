@@ -435,7 +435,6 @@ class UringIOManager:
                 operation.task = task
                 operation.kind = kind
                 operation.fd = fd
-                operation.filename = filename
                 operation.pin = pin
                 operation.keep = keep
                 operation.since = self._now or self._look_at_the_clock()
@@ -465,7 +464,7 @@ class UringIOManager:
                 if res >= 0 or res in kind.success:
                     operation.pick_up()
                     return res  # type: ignore[no-any-return]
-                wait_for, pin, keep = operation.judge(res)
+                wait_for, pin, keep = operation.judge(res, filename)
                 self._check_still_open(fd, siblings)
                 if wait_for:
                     yield from self._until_ready(kind, fd, wait_for)
