@@ -23,7 +23,6 @@
  */
 #include <errno.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -47,6 +46,7 @@
 
 #define TU_CQES_PER_TICK 1024
 #define TU_NEUTRALISED 0xff
+#define TU_FLUSH_PATIENCE_NS INT64_C(2000000000)
 
 /* SQEs are filled in Python, with these in mind. */
 _Static_assert(sizeof(void *) == 8, "trio_uring needs a 64-bit machine");
@@ -221,6 +221,12 @@ int tu_pending(struct tu_ring *r)
     return io_uring_cq_ready(&r->ring) || kernel_flags(r);
 }
 
+/* The kernel's thread makes room in microseconds, the kernel finds memory in milliseconds. */
+static void pause_for_room(const struct tu_ring *r)
+{
+    usleep(r->setup_flags & IORING_SETUP_SQPOLL ? 10 : 1000);
+}
+
 static int submit(struct tu_ring *r)
 {
     r->enters++;
@@ -348,7 +354,7 @@ int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_n
     if (stalled) {
         r->stalls++;
         if (!r->reaped)
-            usleep(r->setup_flags & IORING_SETUP_SQPOLL ? 10 : 1000);
+            pause_for_room(r);
         return -EAGAIN;
     }
     if (r->reaped)
@@ -364,10 +370,11 @@ int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_n
 int tu_flush(struct tu_ring *r, const void *staged, unsigned n)
 {
     uint64_t start = r->taken;
+    int64_t deadline = now_ns() + TU_FLUSH_PATIENCE_NS;
 
     if (belongs_to_parent(r))
         return -EOWNERDEAD;
-    for (int attempt = 0; attempt < 1000; attempt++) {
+    do {
         unsigned done = (unsigned)(r->taken - start);
         int ret = push(r, (const struct io_uring_sqe *)staged + done, n - done);
 
@@ -379,11 +386,8 @@ int tu_flush(struct tu_ring *r, const void *staged, unsigned n)
             return ret;
         if (r->taken == start + n && !io_uring_sq_ready(&r->ring))
             return 0;
-        if (r->setup_flags & IORING_SETUP_SQPOLL)
-            sched_yield();
-        else
-            usleep(1000);
-    }
+        pause_for_room(r);
+    } while (now_ns() < deadline);
     return -EAGAIN;
 }
 

@@ -248,12 +248,13 @@ class Ring(SubmissionQueue):
         UnavailableError: the kernel, a sandbox or a limit forbids it; the message says which.
     """
 
-    __slots__ = ("_cqes", "_ring", "config", "supported")
+    __slots__ = ("_cqes", "_handed_out", "_ring", "config", "supported")
 
     def __init__(self, config: RingConfig) -> None:
         super().__init__()
         self.config = config
         self._ring: Any = None
+        self._handed_out = 0
         ring = lib.tu_new()
         if ring == ffi.NULL:
             raise MemoryError
@@ -298,12 +299,14 @@ class Ring(SubmissionQueue):
             got = _tick(self._ring, self._memory, tail - self.base, int(timeout * 1e9) if timeout else 0)
             if got > 0:
                 self.base = tail
-                return self._cqes[: 3 * got].tolist()
+                events = self._cqes[: 3 * got].tolist()
+                self._handed_out += got
+                return events
             if got == _ETIME:
                 self.base = tail
                 return []
         except BaseException:  # from a signal handler; or the ring is closed
-            self._count_taken(self._live())
+            self._recover(self._live())
             raise
         return self._troubled_tick(got)
 
@@ -311,13 +314,19 @@ class Ring(SubmissionQueue):
         ring = self._ring
         if got == -errno.EOWNERDEAD:
             self._check(got)
-        self._count_taken(ring)
-        events = self._cqes[: 3 * ring.reaped].tolist()
+        self._recover(ring)
         if got in (-errno.EINTR, -errno.EAGAIN):
+            events, self.rescued = self.rescued, []
             return events or [INTERRUPTION, 0, 0]
-        self.rescued += events
         self._check(got)
         raise AssertionError(got)
+
+    def _recover(self, ring: Any) -> None:
+        """After trouble in a tick: neither entries that were taken nor CQEs that were reaped may be forgotten."""
+        self._count_taken(ring)
+        missed = ring.cqes_seen - self._handed_out
+        self.rescued += self._cqes[: 3 * missed].tolist()
+        self._handed_out += missed
 
     def _count_taken(self, ring: Any) -> None:
         """What the shim has taken must not be staged again, whatever went wrong afterwards."""

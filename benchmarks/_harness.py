@@ -1,0 +1,139 @@
+"""Paired measurements: short rounds, the two sides in turn, the median of the rounds' ratios."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import trio
+
+import trio_uring
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Args = TypeVarTuple("Args")
+
+    Loop = Callable[[int], Awaitable[object]]
+    """Does an operation so many times, one after the other."""
+
+    Round = Callable[[], float]
+    """One round of one side; returns the cost of one operation, in seconds."""
+
+T = TypeVar("T")
+
+ROOT: Final = Path(__file__).parent.parent
+
+
+def ring_run(async_fn: Callable[[Unpack[Args]], Awaitable[T]], *args: Unpack[Args]) -> T:
+    """`trio_uring.run`, without a fallback: that would be measured as the ring."""
+    return trio_uring.run(async_fn, *args, config=trio_uring.RingConfig(mode="require"))
+
+
+async def time_tasks(loop: Loop, tasks: int, times: int) -> float:
+    """Seconds per operation of ``tasks`` tasks that each do ``times`` operations, once all are started and warm."""
+    warm = 0
+    all_warm, go = trio.Event(), trio.Event()
+
+    async def one_task() -> None:
+        nonlocal warm
+        await loop(2)
+        warm += 1
+        if warm == tasks:
+            all_warm.set()
+        await go.wait()
+        await loop(times)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(tasks):
+            nursery.start_soon(one_task)
+        await all_warm.wait()
+        start = time.perf_counter()
+        go.set()
+    return (time.perf_counter() - start) / (tasks * times)
+
+
+def compare(
+    name: str,
+    a: Round,
+    b: Round,
+    *,
+    rounds: int,
+    target: float | None = None,
+    calls: tuple[float | None, float | None] | None = None,
+) -> None:
+    """Measures both sides ``rounds`` times, in turn, and prints one line.
+
+    Args:
+        name: what is measured.
+        a, b: what the ring is compared with; the ring.
+        rounds: how many pairs; a ratio is taken of each.
+        target: what the ratio should be at least.
+        calls: system calls per operation of ``a`` and ``b``; None is "cannot be counted here".
+    """
+    a(), b()  # warm-up
+    costs: dict[Round, list[float]] = {a: [], b: []}
+    for number in range(rounds):
+        for measure in (a, b) if number % 2 == 0 else (b, a):
+            gc.collect()
+            costs[measure].append(measure())
+    ratios = [x / y for x, y in zip(costs[a], costs[b], strict=True)]
+    ratio = statistics.median(ratios)
+    columns = [
+        f"{name:24}",
+        *map(_spread, ([cost * 1e6 for cost in costs[a]], [cost * 1e6 for cost in costs[b]], ratios)),
+    ]
+    if target is not None:
+        columns.append(f"{f'at least {target:.3g}':14} {'met' if ratio >= target else 'MISSED'}")
+    elif ratio < 1:
+        columns.append("B is slower")
+    if calls is not None:
+        columns.append(f"system calls {' : '.join('n/a' if n is None else f'{n:.3f}' for n in calls)}")
+    print("  ".join(columns).rstrip(), flush=True)
+
+
+def _spread(values: list[float]) -> str:
+    low, middle, high = statistics.quantiles(values)
+    return f"{middle:7.2f} [{low:.2f} {high:.2f}]".ljust(24)
+
+
+def heading(title: str, a: str, b: str, unit: str = "us per operation") -> None:
+    """Says what the columns of the following lines are."""
+    print(f"\n{title}\n  A  {a}\n  B  {b}\n")
+    print(f"{unit:24}  {'A':24}  {'B':24}  {'A / B':24}  median [quartiles]", flush=True)
+
+
+def describe_machine() -> str:
+    """What the numbers were measured on."""
+    with open("/proc/cpuinfo") as file:
+        models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    capabilities = trio_uring.capabilities()
+    return "\n".join(
+        (
+            f"machine   {os.cpu_count()} x {models[0] if models else platform.machine()}",
+            f"load      {os.getloadavg()[0]:.2f}",
+            f"kernel    {capabilities.kernel}",
+            f"set-up    {' '.join(capabilities.setup_flags)}",
+            f"python    {platform.python_implementation()} {sys.version.split()[0]}",
+            f"trio      {metadata.version('trio')}",
+            f"liburing  {capabilities.liburing}",
+        )
+    )
+
+
+def pin(process: int, core: int) -> bool:
+    """Keeps a process (0: this one) on one of the first two cores; False if there are not two."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        return False
+    os.sched_setaffinity(process, {cores[core]})
+    return True

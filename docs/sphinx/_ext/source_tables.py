@@ -1,0 +1,71 @@
+"""Directives that show tables of the source: what the code decides by is what the reader sees.
+
+``.. operation-table::``   `trio_uring.lowlevel.TABLE`
+``.. state-table::``       the states of an operation, and what can happen in each
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.docutils import SphinxDirective
+
+from trio_uring import _cancel
+from trio_uring.lowlevel import TABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from docutils import nodes
+    from sphinx.application import Sphinx
+
+
+def list_table(widths: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [".. list-table::", "   :header-rows: 1", f"   :widths: {widths}", ""]
+    for row in (head, *rows):
+        lines += [f"   {'*' if number == 0 else ' '} - {cell}" for number, cell in enumerate(row)]
+    return "\n".join(lines)
+
+
+class OperationTable(SphinxDirective):
+    """Each operation with its opcode, the kernel that brought it, its result and the manual page."""
+
+    def run(self) -> list[nodes.Node]:
+        rows = [
+            (
+                f":func:`~trio_uring.lowlevel.{kind.name}`",
+                kind.summary,
+                f"``{kind.opcode.name}``",
+                kind.since,
+                kind.result,
+                f":manpage:`{kind.man}`",
+            )
+            for kind in TABLE.values()
+        ]
+        head = ("function", "what it does", "opcode", "Linux", "result", "manual page")
+        return self.parse_text_to_nodes(list_table("12 28 16 7 9 28", head, rows))
+
+
+class StateTable(SphinxDirective):
+    """What the states mean, and each transition with the event that causes it."""
+
+    def run(self) -> list[nodes.Node]:
+        comments = ModuleAnalyzer.for_module(_cancel.__name__).find_attr_docs()
+
+        def meaning(member: _cancel.State | _cancel.Event) -> str:
+            return " ".join(comments[type(member).__name__, member.name]).strip()
+
+        rows = []
+        for state, transitions in _cancel.TRANSITIONS.items():
+            about = (f"**{state.name}**", meaning(state))
+            for event, after in transitions.items():
+                rows.append((*about, f"{event.name}: {meaning(event)}", after.name))
+                about = ("", "")
+        return self.parse_text_to_nodes(list_table("14 30 42 14", ("state", "meaning", "event", "next"), rows))
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_directive("operation-table", OperationTable)
+    app.add_directive("state-table", StateTable)
+    return {"parallel_read_safe": True}

@@ -1,0 +1,135 @@
+"""What holds for every test: it ends in time, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+import os
+import re
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from tests.helpers import MOUNTS, Bench, Mount, manager_or_none
+from trio_uring import RingConfig, _mount, _trio_internals
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import FrameType
+
+SECONDS = 30
+_CACHED_THREAD = re.compile(r"Trio thread \d+")  # idle: at work it has the name of its job
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "seconds(n): how long the test may take before it fails")
+    config.addinivalue_line("markers", "ring(**config): the RingConfig of an async test")
+
+
+def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
+    """An async test that no other plugin claims runs on every mount."""
+    if inspect.iscoroutinefunction(obj) and collector.istestfunction(obj, name):
+        marks = {mark.name for mark in getattr(obj, "pytestmark", ())}
+        if not marks & {"trio", "anyio"}:
+            pytest.mark.usefixtures("mount")(obj)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if not inspect.iscoroutinefunction(pyfuncitem.obj) or "mount" not in pyfuncitem.fixturenames:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    marker = pyfuncitem.get_closest_marker("ring")
+    config = RingConfig(mode="require", **(marker.kwargs if marker else {}))
+    mount = pyfuncitem.funcargs["mount"]
+    assert isinstance(mount, Mount)
+    mount.run(functools.partial(pyfuncitem.obj, **arguments), config=config)
+    return True
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """Things to do I/O on."""
+    bench = Bench(tmp_path)
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+@pytest.fixture(params=MOUNTS)
+def mount(request: pytest.FixtureRequest) -> Mount:
+    """Each way to tie a ring to a run; ``mount.run`` runs an async function on it."""
+    return MOUNTS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that hangs fails: with an exception in the main thread, again and again if something swallows it."""
+    marker = request.node.get_closest_marker("seconds")
+    seconds = marker.args[0] if marker else SECONDS
+
+    def expired(signum: int, frame: FrameType | None) -> None:
+        pytest.fail(f"not finished after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 3)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _open_fds() -> dict[int, str]:
+    fds = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            fds[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the listing's own
+            pass
+    return fds
+
+
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if not _CACHED_THREAD.fullmatch(thread.name)}
+
+
+def _children() -> str:
+    with open(f"/proc/self/task/{threading.get_native_id()}/children") as file:
+        return file.read()
+
+
+def _forget_run() -> None:
+    """The time limit has ended the last test in the middle of its run; the next one is to have a chance."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
+    if trio.lowlevel.in_trio_run():
+        pytest.exit("a run cannot be ended; no other can start in this thread", returncode=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(time_limit: None) -> Iterator[None]:
+    """Open fds (a ring is one), threads, children, what stands in trio's place for its I/O manager: all as before."""
+    if trio.lowlevel.in_trio_run():
+        _forget_run()
+    fds, threads, children = _open_fds(), _threads(), _children()
+    yield
+    assert _trio_internals.io_manager_class() is not _mount.TheIOManager, "still installed"
+    assert manager_or_none() is None, "a run's manager is still there"
+    assert _threads() <= threads, "threads left"
+    assert _children() == children, "child processes left"
+    if _open_fds() != fds:
+        gc.collect()  # a traceback may hold a socket; one that nobody closed warns, which is an error
+    after = _open_fds()
+    assert {fd: what for fd, what in after.items() if fds.get(fd) != what} == {}, "fds left open"
+    assert {fd: what for fd, what in fds.items() if fd not in after} == {}, "foreign fds closed"

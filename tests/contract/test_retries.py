@@ -1,0 +1,130 @@
+"""What was interrupted or would block is tried again, unless the caller forbids it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+import trio.testing
+
+from tests.contract.cases import BLOCKING, CASES
+from tests.helpers import Attempt, drain, manager, nothing_submitted, parked
+from trio_uring import lowlevel, statistics
+from trio_uring._abi import NOP_INJECT_RESULT
+from trio_uring._errors import ERESTARTS
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.helpers import Bench
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKING if name != "timeout"])
+async def test_nonblocking_fds_wait(bench: Bench, name: str) -> None:
+    """O_NONBLOCK makes the kernel answer EAGAIN for pipes; here it means nothing."""
+    blocked = CASES[name].blocked
+    assert blocked is not None
+    call, unblock = blocked(bench)
+
+    def set_nonblocking() -> None:
+        for operation in statistics().operations:
+            if operation.operation == name:
+                os.set_blocking(operation.fd, False)
+
+    async with trio.open_nursery() as nursery:
+        attempt = Attempt(nursery, call, once_parked=set_nonblocking)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not attempt.done
+        if name == "connect":  # no way to let this very call succeed
+            assert await attempt.cancel()
+        unblock()
+        await attempt.settled()
+        assert attempt.error is None
+
+
+@pytest.mark.parametrize("end", ["cancelled", "closed"])
+async def test_a_wait_for_another_try_ends(bench: Bench, end: str) -> None:
+    read_end, write_end = bench.pipe(os.O_NONBLOCK)
+    buffer = bytearray(9)
+    async with trio.open_nursery() as nursery:
+        attempt = await parked(nursery, lowlevel.read, read_end, buffer)
+        assert [op.state for op in statistics().operations if op.fd == read_end] == ["IN_FLIGHT"]
+        if end == "cancelled":
+            assert await attempt.cancel()
+        else:
+            trio.lowlevel.notify_closing(read_end)
+            with pytest.raises(trio.ClosedResourceError):
+                await attempt.result()
+    buffer.append(0)
+    os.write(write_end, b"hello")
+    assert os.read(read_end, 9) == b"hello"
+
+
+async def test_two_readers_of_a_nonblocking_pipe(bench: Bench) -> None:
+    """On a pipe any number of tasks may read; waiting for another try is no exception."""
+    read_end, write_end = bench.pipe(os.O_NONBLOCK)
+    async with trio.open_nursery() as nursery:
+        attempts = [Attempt(nursery, lowlevel.read, read_end, bytearray(1)) for _ in range(3)]
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in attempts:
+            os.write(write_end, b"x")
+        for attempt in attempts:
+            assert await attempt.result() == 1
+
+
+@pytest.mark.parametrize("name", ["recv", "recvmsg", "send", "sendmsg"])
+async def test_dontwait_does_not_wait(bench: Bench, name: str) -> None:
+    a, b, size = bench.full_socket()
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "recv": lambda: lowlevel.recv(a, bytearray(1), socket.MSG_DONTWAIT),
+        "recvmsg": lambda: lowlevel.recvmsg(a, 1, flags=socket.MSG_DONTWAIT),
+        "send": lambda: lowlevel.send(a, b"x", socket.MSG_DONTWAIT),
+        "sendmsg": lambda: lowlevel.sendmsg(a, [b"x"], flags=socket.MSG_DONTWAIT),
+    }
+    with pytest.raises(BlockingIOError):
+        await calls[name]()
+    b.send(b"x")
+    drain(b.fileno(), size)
+    await calls[name]()
+
+
+async def _nop(result: int) -> int:
+    """A no-op for which the kernel reports this result."""
+    return await manager().perform(lowlevel.TABLE["nop"], -1, 0, None, result & 0xFFFFFFFF, NOP_INJECT_RESULT)
+
+
+async def test_results_as_the_kernel_gives_them() -> None:
+    for result in (0, 1, 12345, 2**31 - 1):
+        assert await _nop(result) == result
+    for error in (errno.ENOENT, errno.EAGAIN, errno.ECANCELED, errno.EIO):  # nothing to wait for; nobody cancelled
+        with pytest.raises(OSError, match=os.strerror(error)) as raised:
+            await _nop(-error)
+        assert raised.value.errno == error
+
+
+@pytest.mark.parametrize("result", [-errno.EINTR, *sorted(ERESTARTS)])
+async def test_interrupted_operations_are_tried_again(result: int) -> None:
+    before = statistics().sqes
+    async with trio.open_nursery() as nursery:
+        attempt = Attempt(nursery, _nop, result)
+        for _ in range(20):
+            await trio.lowlevel.checkpoint()
+        assert not attempt.done
+        assert statistics().sqes > before + 5
+        assert await attempt.cancel()
+        async with nothing_submitted():
+            pass
+
+
+async def test_a_short_write_is_the_callers(bench: Bench) -> None:
+    a, b, size = bench.full_socket()
+    drain(b.fileno(), size // 2)
+    sent = await lowlevel.send(a, bytes(size))
+    assert 0 < sent < size
+    read_end, write_end, size = bench.full_pipe(os.O_NONBLOCK)
+    drain(read_end, 4096)
+    assert await lowlevel.write(write_end, bytes(size)) == 4096

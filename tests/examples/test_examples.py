@@ -1,0 +1,104 @@
+"""The examples, the Python blocks of README and documentation, the benchmarks: each runs and says what it should."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+_MARKDOWN_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_RST_BLOCK = re.compile(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", re.MULTILINE)
+
+pytestmark = pytest.mark.seconds(120)
+
+
+def python(*args: str, ring: str = "require", status: int = 0) -> str:
+    """Runs a Python of its own, where every warning is an error; returns what it wrote."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *args],
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "TRIO_URING": ring},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+def blocks() -> dict[str, str]:
+    """Every Python block, by file and line."""
+    found = {}
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs/sphinx").glob("*.rst"))):
+        text = path.read_text()
+        for match in (_MARKDOWN_BLOCK if path.suffix == ".md" else _RST_BLOCK).finditer(text):
+            line = text.count("\n", 0, match.start(1)) + 1
+            found[f"{path.name}:{line}"] = textwrap.dedent(match[1])
+    return found
+
+
+BLOCKS = blocks()
+
+
+def test_main_job() -> None:
+    output = python("examples/main_job.py", "--limit", "100")
+    assert re.search(r"in flight 0, open files (\d+) before and \1 after", output)
+    assert re.search(r"^threads that ran +\d+ +\d+ +\d+ ", output, re.MULTILINE)
+    assert "the stuck transfer was cut off" in output
+
+
+def test_main_job_says_why_there_is_no_ring() -> None:
+    assert "TRIO_URING switches io_uring off" in python("examples/main_job.py", ring="off", status=1)
+
+
+def test_anyio() -> None:
+    assert python("examples/anyio_on_the_ring.py") == "HELLO, RING\nengine: io_uring\n"
+
+
+def test_pytest_trio() -> None:
+    assert "3 passed" in python("-m", "pytest", "-p", "no:cacheprovider", "examples/test_with_pytest_trio.py")
+
+
+@pytest.mark.parametrize("place", BLOCKS)
+def test_block(place: str, tmp_path: Path) -> None:
+    script = tmp_path / "block.py"
+    script.write_text(BLOCKS[place])
+    python(str(script))
+
+
+def test_blocks_are_found_in_both_formats() -> None:
+    assert {"README.md", "index.rst"} <= {place.partition(":")[0] for place in BLOCKS}
+
+
+@pytest.mark.parametrize("name", ["reads", "pyaio", "idle_tick", "echo", "cancel"])
+def test_benchmark_runs(name: str) -> None:
+    assert name in python("-m", "benchmarks", name, "--rounds", "2")
+
+
+def test_system_calls_are_counted_one_by_one() -> None:
+    counted = """
+        import os
+        from benchmarks.syscalls import count
+
+        def work(mark):
+            os.getppid()
+            mark()
+            for _ in range(100):
+                os.getppid()
+            mark()
+            os.getppid()
+
+        print(count(work))
+    """
+    calls = python("-c", textwrap.dedent(counted)).strip()
+    if calls == "None":
+        pytest.skip("ptrace is forbidden here")
+    assert calls == "100"

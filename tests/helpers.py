@@ -1,0 +1,441 @@
+"""Ways to run a test on a ring, and tools to look at an operation from outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import os
+import pickle
+import queue
+import re
+import signal
+import socket
+import sys
+import time
+import warnings
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import outcome
+import trio
+import trio.testing
+
+import trio_uring
+from trio_uring import RingConfig, _trio_internals
+from trio_uring._core import UringIOManager, _this_thread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from pathlib import Path
+
+    from trio.lowlevel import Task
+
+    from trio_uring.lowlevel import Kind
+
+T = TypeVar("T")
+
+REQUIRED = RingConfig(mode="require")
+IOSQE_ASYNC = 1 << 4
+_OF_TRIO = re.compile(
+    "coroutine ignored GeneratorExit|must be called from async context|was never awaited|Nursery.__del__"
+)
+
+
+class Run(Protocol):
+    """`trio_uring.run`, or something like it."""
+
+    def __call__(
+        self, async_fn: Callable[..., Awaitable[T]], *args: object, config: RingConfig = ..., **kwargs: Any
+    ) -> T: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Mount:
+    """A way to tie a ring to a run."""
+
+    name: str
+    run: Run
+
+
+def run_native(async_fn: Callable[..., Awaitable[T]], *args: object, config: RingConfig = REQUIRED, **kwargs: Any) -> T:
+    return trio_uring.run(async_fn, *args, config=config, **kwargs)
+
+
+class Host:
+    """A host loop for guest mode: a queue of callbacks."""
+
+    def __init__(self) -> None:
+        self.todo: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self.result: outcome.Outcome[Any] | None = None
+
+    def start(
+        self, async_fn: Callable[..., Awaitable[object]], *args: object, config: RingConfig = REQUIRED, **kwargs: Any
+    ) -> None:
+        def done(result: outcome.Outcome[Any]) -> None:
+            self.result = result
+
+        with installed(config):
+            trio.lowlevel.start_guest_run(
+                async_fn, *args, run_sync_soon_threadsafe=self.todo.put, done_callback=done, **kwargs
+            )
+
+    def step(self) -> None:
+        """Waits for the next callback and calls it."""
+        self.todo.get()()
+
+    def finish(self) -> Any:
+        """Goes on to the end of the run; returns its result."""
+        while self.result is None:
+            self.step()
+        return self.result.unwrap()
+
+
+def run_guest(async_fn: Callable[..., Awaitable[T]], *args: object, config: RingConfig = REQUIRED, **kwargs: Any) -> T:
+    host = Host()
+    host.start(async_fn, *args, config=config, **kwargs)
+    result: T = host.finish()
+    return result
+
+
+def run_with_public_wake(
+    async_fn: Callable[..., Awaitable[T]], *args: object, config: RingConfig = REQUIRED, **kwargs: Any
+) -> T:
+    shortcut = UringIOManager.__dict__["wake"]
+    UringIOManager.wake = staticmethod(_trio_internals._wake_publicly)
+    try:
+        return run_native(async_fn, *args, config=config, **kwargs)
+    finally:
+        UringIOManager.wake = shortcut
+
+
+MOUNTS = {
+    mount.name: mount
+    for mount in (Mount("native", run_native), Mount("guest", run_guest), Mount("public-wake", run_with_public_wake))
+}
+
+
+@contextmanager
+def installed(config: RingConfig = REQUIRED) -> Iterator[None]:
+    trio_uring.install(config)
+    try:
+        yield
+    finally:
+        trio_uring.uninstall()
+
+
+def manager_or_none() -> UringIOManager | None:
+    """That of this thread's run, if it has one."""
+    found: object = _this_thread.manager
+    return found if isinstance(found, UringIOManager) else None
+
+
+def manager() -> UringIOManager:
+    """That of this thread's run; the host of a guest run sees it, too."""
+    found = manager_or_none()
+    assert found is not None
+    return found
+
+
+def in_kernel_worker(kind: Kind) -> Kind:
+    """The same operation, but the kernel does it in a worker thread, where a cancel may find it running."""
+    return dataclasses.replace(kind, flags=kind.flags | IOSQE_ASYNC)
+
+
+class AfterStep(trio.abc.Instrument):
+    """Calls ``action`` when ``task`` has made its next step: what it has just staged is still ours."""
+
+    def __init__(self, task: Task, action: Callable[[], object]) -> None:
+        self._task = task
+        self._action = action
+
+    def after_task_step(self, task: Task) -> None:
+        if task is self._task:
+            trio.lowlevel.remove_instrument(self)
+            self._action()
+
+
+class Attempt(Generic[T]):
+    """A call in a task of its own that can be cancelled; then one of ``value``, ``error`` and ``cancelled`` is set.
+
+    Args:
+        nursery: where the task lives.
+        async_fn, args: the call.
+        once_parked: called when the task has parked for the first time, before the tick submits anything.
+    """
+
+    value: T
+    error: Exception | None = None
+    cancelled = False
+    task: Task
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        async_fn: Callable[..., Awaitable[T]],
+        *args: object,
+        once_parked: Callable[[], object] | None = None,
+    ) -> None:
+        self.scope = trio.CancelScope()
+        self._done = trio.Event()
+        self._call = async_fn, args
+        self._once_parked = once_parked
+        nursery.start_soon(self._run, name=getattr(async_fn, "__name__", None))
+
+    async def _run(self) -> None:
+        self.task = trio.lowlevel.current_task()
+        if self._once_parked is not None:
+            trio.lowlevel.add_instrument(AfterStep(self.task, self._once_parked))
+        async_fn, args = self._call
+        try:
+            with self.scope:
+                self.value = await async_fn(*args)
+        except Exception as exc:
+            self.error = exc
+        finally:
+            self.cancelled = self.scope.cancelled_caught
+            self._done.set()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    async def result(self) -> T:
+        """Waits for the end; the value, or the error."""
+        await self._done.wait()
+        assert not self.cancelled
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+    async def settled(self) -> Attempt[T]:
+        """Waits for the end, whatever it is."""
+        await self._done.wait()
+        return self
+
+    async def cancel(self) -> bool:
+        """Cancels it and waits for the end: True if it was cancelled, False if it was done."""
+        self.scope.cancel()
+        await self._done.wait()
+        if self.error is not None:
+            raise self.error
+        return self.cancelled
+
+
+async def parked(nursery: trio.Nursery, async_fn: Callable[..., Awaitable[T]], *args: object) -> Attempt[T]:
+    """Starts the call and waits until it, and everything else, is blocked: its operation is with the kernel."""
+    attempt = Attempt(nursery, async_fn, *args)
+    await trio.testing.wait_all_tasks_blocked()
+    assert not attempt.done, attempt.error or attempt.value
+    return attempt
+
+
+def give_way() -> None:
+    """Lets other threads run, of this process and of others. Unlike sched_yield it gives up the GIL in every Python."""
+    time.sleep(0)
+
+
+def spin_until(condition: Callable[[], object]) -> None:
+    """Blocks the thread, and with it the run, until another thread or the kernel has done something."""
+    while not condition():
+        give_way()
+
+
+class Crash(Exception):
+    """What `crash` crashes the scheduler with."""
+
+
+async def crash() -> None:
+    """Crashes the scheduler itself, as a mistake in somebody's abort function does. The run is torn down at once."""
+
+    def abort(_: object) -> trio.lowlevel.Abort:
+        raise Crash
+
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+
+@contextmanager
+def only_trio_complains() -> Iterator[None]:
+    """A run that was torn down leaves coroutines behind. trio's complain when they are collected; nobody else may."""
+    strangers: list[str] = []
+
+    def listen(complaint: sys.UnraisableHookArgs) -> None:
+        text = f"{complaint.object!r}: {complaint.exc_value!r}"
+        if not _OF_TRIO.search(text):
+            strangers.append(text)
+
+    before, sys.unraisablehook = sys.unraisablehook, listen
+    gc.freeze()  # a collection need only look at what comes from now on
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Trio guest run got abandoned", RuntimeWarning)
+            yield
+            for _ in range(3):
+                gc.collect()
+    finally:
+        gc.unfreeze()
+        sys.unraisablehook = before
+    assert not strangers, strangers
+
+
+def run_to_a_crash(mount: Mount, async_fn: Callable[..., Awaitable[object]], *args: object) -> None:
+    """Runs what ends in `crash`, and collects what is left of it."""
+    with only_trio_complains():
+        try:
+            mount.run(async_fn, *args)
+        except trio.TrioInternalError as exc:
+            assert isinstance(exc.__cause__, Crash)  # noqa: PT017 - pytest.raises would keep the tasks alive
+            return
+        raise AssertionError("it did not crash")
+
+
+def fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a process with threads (idle ones of trio's)
+        return os.fork()
+
+
+def in_child(function: Callable[[], T]) -> T:
+    """Calls it in a forked child; its result, or its exception."""
+    read_end, write_end = os.pipe()
+    pid = fork()
+    if pid == 0:
+        try:
+            signal.alarm(20)
+            os.close(read_end)
+            with open(write_end, "wb") as pipe:
+                pickle.dump(outcome.capture(function), pipe)
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        report = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    assert (status, bool(report)) == (0, True), "the child died"
+    result: T = pickle.loads(report).unwrap()
+    return result
+
+
+@asynccontextmanager
+async def nothing_submitted() -> AsyncIterator[None]:
+    """The kernel hears of nothing that happens inside."""
+    await trio.testing.wait_all_tasks_blocked()
+    before = trio_uring.statistics()
+    yield
+    await trio.testing.wait_all_tasks_blocked()
+    after = trio_uring.statistics()
+    assert (after.sqes, after.cancels_asked) == (before.sqes, before.cancels_asked)
+    assert after.in_flight == before.in_flight
+
+
+class Bench:
+    """Files, pipes and sockets that are closed at the end of the test, except those the test has closed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._stack = ExitStack()
+        self._fds: set[int] = set()
+        self._names = itertools.count()
+
+    def close(self) -> None:
+        self._stack.close()
+        for fd in self._fds:
+            os.close(fd)
+
+    def keep(self, fd: int) -> int:
+        """Closes it at the end."""
+        self._fds.add(fd)
+        return fd
+
+    def closed(self, fd: int) -> None:
+        """The test has closed it."""
+        self._fds.remove(fd)
+
+    def _new_path(self) -> Path:
+        return self.directory / f"file-{next(self._names)}"
+
+    def path(self, content: bytes = b"") -> Path:
+        path = self._new_path()
+        path.write_bytes(content)
+        return path
+
+    def fifo(self) -> Path:
+        path = self._new_path()
+        os.mkfifo(path)
+        return path
+
+    def file(self, content: bytes = b"") -> int:
+        return self.keep(os.open(self.path(content), os.O_RDWR))
+
+    def pipe(self, flags: int = 0) -> tuple[int, int]:
+        read_end, write_end = os.pipe2(flags | os.O_CLOEXEC)
+        return self.keep(read_end), self.keep(write_end)
+
+    def full_pipe(self, flags: int = 0) -> tuple[int, int, int]:
+        """A pipe with no room left, and how many bytes are in it."""
+        read_end, write_end = self.pipe(flags)
+        os.set_blocking(write_end, False)
+        size = fill(lambda: os.write(write_end, bytes(4096)))
+        os.set_blocking(write_end, not flags & os.O_NONBLOCK)
+        return read_end, write_end, size
+
+    def sockets(
+        self, family: int = socket.AF_UNIX, kind: int = socket.SOCK_STREAM
+    ) -> tuple[socket.socket, socket.socket]:
+        """A connected pair."""
+        if family == socket.AF_UNIX:
+            pair = socket.socketpair(family, kind)
+        else:
+            listener = self.listener(family)
+            client = socket.create_connection(listener.getsockname()[:2])
+            pair = client, listener.accept()[0]
+        for sock in pair:
+            self._stack.enter_context(sock)
+        return pair
+
+    def full_socket(self) -> tuple[socket.socket, socket.socket, int]:
+        """A connected pair, the first of which has no room left, and how many bytes wait in the second."""
+        a, b = self.sockets()
+        size = fill(lambda: a.send(bytes(4096), socket.MSG_DONTWAIT))
+        return a, b, size
+
+    def new_socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        return self._stack.enter_context(socket.socket(family, kind))
+
+    def listener(self, family: int = socket.AF_INET, backlog: int = 16) -> socket.socket:
+        listener = self.new_socket(family)
+        listener.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        listener.listen(backlog)
+        return listener
+
+    def deaf_listener(self) -> socket.socket:
+        """A listener with a full backlog: who connects next has to wait."""
+        listener = self.listener(backlog=0)
+        for _ in range(2):
+            client = self.new_socket()
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        return listener
+
+
+def fill(write: Callable[[], int]) -> int:
+    """Writes until there is no room; the bytes in all."""
+    total = 0
+    while True:
+        try:
+            total += write()
+        except BlockingIOError:
+            return total
+
+
+def drain(fd: int, size: int) -> bytes:
+    """Reads exactly ``size`` bytes."""
+    chunks = []
+    while size:
+        chunk = os.read(fd, size)
+        assert chunk, f"end of file, {size} bytes missing"
+        chunks.append(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)
