@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from tests.helpers import Attempt, drain, manager, nothing_submitted, parked
 from trio_uring import lowlevel, statistics
 from trio_uring._abi import NOP_INJECT_RESULT
 from trio_uring._errors import ERESTARTS
+from trio_uring._ring import ffi
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("name", [name for name in BLOCKING if name != "timeout"])
 async def test_nonblocking_fds_wait(bench: Bench, name: str) -> None:
-    """O_NONBLOCK makes the kernel answer EAGAIN for pipes; here it means nothing."""
+    """O_NONBLOCK means nothing here."""
     blocked = CASES[name].blocked
     assert blocked is not None
     call, unblock = blocked(bench)
@@ -46,29 +48,54 @@ async def test_nonblocking_fds_wait(bench: Bench, name: str) -> None:
         assert attempt.error is None
 
 
-@pytest.mark.parametrize("end", ["cancelled", "closed"])
-async def test_a_wait_for_another_try_ends(bench: Bench, end: str) -> None:
-    read_end, write_end = bench.pipe(os.O_NONBLOCK)
-    buffer = bytearray(9)
+RWF_NOWAIT = 8
+
+
+def _impatient(name: str, fd: int, buffer: bytearray) -> Awaitable[int]:
+    """As `lowlevel.read` or `write`, but the kernel answers EAGAIN instead of waiting, as some do for O_NONBLOCK."""
+    return manager().perform(lowlevel.TABLE[name], fd, -1, ffi.from_buffer(buffer), -1, RWF_NOWAIT)
+
+
+@pytest.mark.parametrize("end", ["done", "cancelled", "closed"])
+@pytest.mark.parametrize("name", ["read", "write"])
+async def test_eagain_is_a_wait(bench: Bench, name: str, end: str) -> None:
+    """It is tried again when the fd is ready; until then it can be cancelled and closed."""
+    buffer = bytearray(b"hello")
+    if name == "read":
+        fd, peer = bench.pipe()
+        size = 0
+    else:
+        peer, fd, size = bench.full_pipe()
     async with trio.open_nursery() as nursery:
-        attempt = await parked(nursery, lowlevel.read, read_end, buffer)
-        assert [op.state for op in statistics().operations if op.fd == read_end] == ["IN_FLIGHT"]
+        attempt = await parked(nursery, _impatient, name, fd, buffer)
+        assert [op.state for op in statistics().operations if op.fd == fd] == ["IN_FLIGHT"]
         if end == "cancelled":
             assert await attempt.cancel()
-        else:
-            trio.lowlevel.notify_closing(read_end)
+        elif end == "closed":
+            trio.lowlevel.notify_closing(fd)
             with pytest.raises(trio.ClosedResourceError):
                 await attempt.result()
+        elif name == "read":
+            os.write(peer, b"12345")
+            assert await attempt.result() == 5
+            assert buffer == b"12345"
+        else:
+            drain(peer, size)
+            assert await attempt.result() == 5
+            assert os.read(peer, 9) == b"hello"
     buffer.append(0)
-    os.write(write_end, b"hello")
-    assert os.read(read_end, 9) == b"hello"
+    if end != "done" and name == "read":
+        os.write(peer, b"hello")
+        assert os.read(fd, 9) == b"hello"
+    elif end != "done":
+        assert drain(peer, size) == bytes(size)
+        assert select.select([peer], [], [], 0)[0] == []
 
 
-async def test_two_readers_of_a_nonblocking_pipe(bench: Bench) -> None:
-    """On a pipe any number of tasks may read; waiting for another try is no exception."""
-    read_end, write_end = bench.pipe(os.O_NONBLOCK)
+async def test_any_number_of_tasks_wait_for_another_try(bench: Bench) -> None:
+    read_end, write_end = bench.pipe()
     async with trio.open_nursery() as nursery:
-        attempts = [Attempt(nursery, lowlevel.read, read_end, bytearray(1)) for _ in range(3)]
+        attempts = [Attempt(nursery, _impatient, "read", read_end, bytearray(1)) for _ in range(3)]
         await trio.testing.wait_all_tasks_blocked()
         for _ in attempts:
             os.write(write_end, b"x")

@@ -477,8 +477,8 @@ def bombarded() -> Iterator[None]:
             signal.pthread_kill(me, signal.SIGUSR1)
 
     thread = threading.Thread(target=bombard)
-    thread.start()
     try:
+        thread.start()
         yield
     finally:
         enough.set()
@@ -502,7 +502,7 @@ def test_an_exception_from_a_signal_handler_submits_nothing_twice(ring: Ring, be
     class FromHandler(Exception):
         pass
 
-    armed = True
+    armed = False
 
     def handler(number: int, frame: object) -> None:
         nonlocal armed
@@ -511,6 +511,8 @@ def test_an_exception_from_a_signal_handler_submits_nothing_twice(ring: Ring, be
             raise FromHandler
 
     def wait() -> None:
+        nonlocal armed
+        armed = True
         while True:
             ring.tick(LONG)
 
