@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import outcome
 import pytest
 import trio
 import trio.testing
@@ -219,11 +220,11 @@ def _open_any_writer(fifos: list[Path], before: list[int]) -> int:
 
 def _in_a_fresh_thread(function: Callable[[], T]) -> T:
     """The kernel keeps its workers, and how many there may be, for each thread."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(function()))
+    results: list[outcome.Outcome[T]] = []
+    thread = threading.Thread(target=lambda: results.append(outcome.capture(function)))
     thread.start()
     thread.join()
-    return results[0]
+    return results[0].unwrap()
 
 
 def test_kernel_workers_are_limited(bench: Bench) -> None:

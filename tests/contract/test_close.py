@@ -154,6 +154,19 @@ async def test_closing_twice_at_once(bench: Bench) -> None:
     assert errors == ["ClosedResourceError", "NoneType"]
 
 
+async def test_close_in_a_cancelled_scope_does_nothing(bench: Bench) -> None:
+    a, b = bench.sockets()
+    async with trio.open_nursery() as nursery:
+        attempt = await parked(nursery, lowlevel.recv, a, bytearray(9))
+        async with nothing_submitted():
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await lowlevel.close(a.fileno())
+            assert scope.cancelled_caught
+        b.send(b"hello")
+        assert await attempt.result() == 5
+
+
 async def test_close_is_no_concern_of_other_fds(bench: Bench) -> None:
     a, b = bench.sockets()
     other = bench.sockets()[0].detach()
