@@ -15,7 +15,6 @@ import warnings
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
-from trio.lowlevel import enable_ki_protection
 
 from . import _trio_internals
 from ._core import UringIOManager, UringStatistics, _this_thread, close_left_over
@@ -98,11 +97,11 @@ def _add_user(n: int) -> None:
 
 
 @contextlib.contextmanager
-@enable_ki_protection
 def _requested(config: RingConfig) -> Iterator[None]:
-    before, _requests.config = _requests.config, config
+    before = _requests.config
     _add_user(1)
     try:
+        _requests.config = config
         yield
     finally:
         _requests.config = before
