@@ -28,6 +28,7 @@ _CACHED_THREAD = re.compile(r"Trio thread \d+")  # idle: at work it has the name
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     config.addinivalue_line("markers", "seconds(n): how long the test may take before it fails")
     config.addinivalue_line("markers", "ring(**config): the RingConfig of an async test")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ def run_suite(*, ring: bool, arguments: list[str]) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Runs both and prints the differences."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     stock = run_suite(ring=False, arguments=arguments)
     ring = run_suite(ring=True, arguments=arguments)
     worse = [
