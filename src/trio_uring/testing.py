@@ -278,9 +278,11 @@ class SimulatedRing(SubmissionQueue):
         if entry.opcode in _READS and res > 0:
             ffi.memmove(ffi.cast("char *", entry.addr), bytes([PATTERN]) * res, res)
         if entry.opcode == Opcode.SEND_ZC and (res >= 0 or self._one_of((False, True))):
-            request.only_notification_left = True
-            request.delay = self._delay()
             self._post(entry, res, CQE_F_MORE)
+            request.only_notification_left = True
+            request.delay = self._delay() - 1
+            if request.delay < 0:  # both in one tick
+                self._complete(request)
         else:
             self._requests.remove(request)
             self._post(entry, res, 0)
