@@ -76,9 +76,12 @@ async def race(
         for _ in range(i % 3):  # not started, staged, with the kernel
             await trio.lowlevel.checkpoint()
         result = None
-        if i % 7 == 0:  # a partner in the same tick, before or after
-            attempt.scope.cancel() if i % 2 else None
+        if i % 7 == 0:  # no race: cancelled before, in the same tick, a few ticks later
+            if i % 3 == 0:
+                attempt.scope.cancel()
             result = action()
+            for _ in range(5 if i % 3 == 1 else 0):
+                await trio.lowlevel.checkpoint()
             attempt.scope.cancel()
         else:
             partner.begin(action)
