@@ -12,14 +12,30 @@ struct tu_ring {
     uint64_t submits;          /* ticks that had something to submit            */
     uint64_t sqes;             /* entries handed to the kernel, ever            */
     uint64_t cqes_seen;        /* CQEs handed to Python, ever                   */
+    uint64_t cqes_in_jobs;     /* CQEs counted off in a job instead, ever       */
     uint64_t overflows;        /* times the kernel flagged CQ overflow          */
     uint64_t stalls;           /* times the kernel took no entry for lack of memory */
     int64_t *cqes;             /* triples: user_data, res, flags                */
     ...;
 };
 
+/* Many requests that Python waits for as one. Python owns the memory; the ring only looks at it. */
+struct tu_job {
+    int64_t token;             /* the user_data of its requests, but for the position */
+    int32_t *results;          /* one for each request                          */
+    uint32_t size;             /* how many                                      */
+    uint32_t left;             /* of these, how many have not had their last CQE */
+    uint32_t each;             /* report each request's last CQE                */
+};
+
+/* An entry of a ring of provided buffers. The first one's `resv` is the ring's tail. */
+struct tu_buffer { uint64_t addr; uint32_t len; uint16_t bid; uint16_t resv; };
+
 #define TU_CQES_PER_TICK ...
 #define TU_NEUTRALISED ...
+#define TU_SLOT ...
+#define TU_JOB ...
+#define TU_JOB_POSITION ...
 #define TU_LIBURING_MAJOR ...
 #define TU_LIBURING_MINOR ...
 
@@ -31,6 +47,15 @@ int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_n
 int tu_flush(struct tu_ring *r, const void *staged, unsigned n);
 int tu_pending(struct tu_ring *r);
 int tu_register_eventfd(struct tu_ring *r, int fd);
+int tu_set_job(struct tu_ring *r, unsigned slot, struct tu_job *job);
+void tu_stage_job(void *staging, const void *entries, unsigned n, int64_t token);
+int tu_register_files(struct tu_ring *r, unsigned n);
+int tu_clear_files(struct tu_ring *r, const int *places, unsigned n);
+int tu_register_buffers(struct tu_ring *r, unsigned n);
+int tu_update_buffer(struct tu_ring *r, unsigned index, void *address, size_t size);
+int tu_register_buffer_ring(struct tu_ring *r, struct tu_buffer *buffers, unsigned n, unsigned group, unsigned flags);
+int tu_unregister_buffer_ring(struct tu_ring *r, unsigned group);
+void tu_provide(struct tu_buffer *buffers, unsigned n);
 void tu_free(struct tu_ring *r);
 
 /* The structs operations own while the kernel uses them. */
@@ -53,6 +78,16 @@ struct msghdr {
 };
 
 struct sockaddr_storage { ...; };
+
+struct open_how { uint64_t flags; uint64_t mode; uint64_t resolve; };
+
+struct tu_siginfo { int signo; int error; int code; int pid; unsigned uid; int status; ...; };
+
+struct tu_epoll_event { uint32_t events; uint64_t data; ...; };
+
+struct tu_futex { uint64_t val; uint64_t uaddr; uint32_t flags; uint32_t reserved; };
+
+struct tu_recvmsg_out { uint32_t namelen; uint32_t controllen; uint32_t payloadlen; uint32_t flags; };
 
 struct __kernel_timespec { int64_t tv_sec; int64_t tv_nsec; };
 

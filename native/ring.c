@@ -15,6 +15,8 @@
  *   flags says that this is needed. Nothing staged, no flag, nobody asks to wait: no system call.
  * - -ETIME alone does not prove that the time-out expired (a signal can end the wait after entries were
  *   taken), and trio gives a meaning to "nothing happened until the time-out". The clock decides.
+ * - Many requests can be one job: their results go straight into an array, and Python hears of the job
+ *   once, when the last of them has had its last CQE.
  * - A registered eventfd can miss completions that another eventfd caused; see tu_register_eventfd.
  * - After fork the child shares the ring with its parent. The mappings are not inherited (touching them
  *   would be a fault), so every call compares the fork generation first.
@@ -30,7 +32,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <linux/openat2.h>
 #include <linux/stat.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
@@ -46,6 +50,10 @@
 
 #define TU_CQES_PER_TICK 1024
 #define TU_NEUTRALISED 0xff
+#define TU_SLOT INT64_C(0xfffff)           /* user_data: the low 20 bits are a slot's index */
+#define TU_JOB_POSITION_SHIFT 20
+#define TU_JOB_POSITION (TU_SLOT << TU_JOB_POSITION_SHIFT)
+#define TU_JOB (INT64_C(1) << 62)
 #define TU_FLUSH_PATIENCE_NS INT64_C(2000000000)
 
 /* SQEs are filled in Python, with these in mind. */
@@ -56,6 +64,59 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "trio_uring needs a li
 typedef socklen_t tu_socklen_t;
 typedef __typeof__(((struct msghdr *)0)->msg_iovlen) tu_iovlen_t;
 typedef __typeof__(((struct msghdr *)0)->msg_controllen) tu_controllen_t;
+
+/* What waitid(2) fills of siginfo_t; the C library's names of these fields are macros. */
+struct tu_siginfo {
+    int signo;
+    int error;
+    int code;
+    int pad;
+    int pid;
+    unsigned uid;
+    int status;
+    char rest[100];
+};
+_Static_assert(sizeof(struct tu_siginfo) == 128, "siginfo_t has 128 bytes");
+
+struct tu_epoll_event {
+    uint32_t events;
+    uint64_t data;
+}
+#ifdef __x86_64__
+__attribute__((packed))
+#endif
+;
+_Static_assert(sizeof(struct tu_epoll_event) == sizeof(struct epoll_event), "as epoll has it");
+
+/* Newer than the headers may be. */
+struct tu_futex {
+    uint64_t val;
+    uint64_t uaddr;
+    uint32_t flags;
+    uint32_t reserved;
+};
+
+struct tu_recvmsg_out {
+    uint32_t namelen;
+    uint32_t controllen;
+    uint32_t payloadlen;
+    uint32_t flags;
+};
+
+struct tu_buffer {
+    uint64_t addr;
+    uint32_t len;
+    uint16_t bid;
+    uint16_t resv;
+};
+
+struct tu_job {
+    int64_t token;
+    int32_t *results;
+    uint32_t size;
+    uint32_t left;
+    uint32_t each;
+};
 
 struct tu_ring {
     unsigned setup_flags;
@@ -69,6 +130,7 @@ struct tu_ring {
     uint64_t submits;
     uint64_t sqes;
     uint64_t cqes_seen;
+    uint64_t cqes_in_jobs;
     uint64_t overflows;
     uint64_t stalls;
     int64_t *cqes;
@@ -78,6 +140,9 @@ struct tu_ring {
     bool eventfd_registered;
     unsigned workers[2]; /* the limits before ours: they belong to the thread and outlive the ring */
     unsigned fork_generation;
+    struct tu_job **jobs; /* by slot */
+    unsigned job_slots;
+    unsigned jobs_open;
     int64_t reaped_cqes[3 * TU_CQES_PER_TICK];
 };
 
@@ -208,6 +273,114 @@ int tu_register_eventfd(struct tu_ring *r, int fd)
     return ret;
 }
 
+/*
+ * Registered files (direct descriptors) and buffers: tables of n empty places. Both keep what is put
+ * into them alive until the ring is gone or the place is emptied.
+ */
+int tu_register_files(struct tu_ring *r, unsigned n)
+{
+    return belongs_to_parent(r) ? -EOWNERDEAD : io_uring_register_files_sparse(&r->ring, n);
+}
+
+/* Empties places of the table of files; what was in them is closed. */
+int tu_clear_files(struct tu_ring *r, const int *places, unsigned n)
+{
+    static const int nothing[64] = {[0 ... 63] = -1};
+
+    if (belongs_to_parent(r))
+        return -EOWNERDEAD;
+    for (unsigned done = 0; done < n;) {
+        unsigned run = 1; /* places in a row take one system call */
+        int ret;
+
+        while (done + run < n && run < 64 && places[done + run] == places[done] + (int)run)
+            run++;
+        ret = io_uring_register_files_update(&r->ring, (unsigned)places[done], nothing, run);
+        if (ret < 0)
+            return ret;
+        done += run;
+    }
+    return 0;
+}
+
+int tu_register_buffers(struct tu_ring *r, unsigned n)
+{
+    return belongs_to_parent(r) ? -EOWNERDEAD : io_uring_register_buffers_sparse(&r->ring, n);
+}
+
+/* A size of 0 empties the place. */
+int tu_update_buffer(struct tu_ring *r, unsigned index, void *address, size_t size)
+{
+    struct iovec vector = {address, size};
+    __u64 tag = 0;
+    int ret;
+
+    if (belongs_to_parent(r))
+        return -EOWNERDEAD;
+    ret = io_uring_register_buffers_update_tag(&r->ring, index, &vector, &tag, 1);
+    return ret < 0 ? ret : 0;
+}
+
+/* Provided buffers: the kernel takes one for a receive when data is there. n is a power of two. */
+int tu_register_buffer_ring(struct tu_ring *r, struct tu_buffer *buffers, unsigned n, unsigned group, unsigned flags)
+{
+    struct { /* older headers do not know the flags */
+        uint64_t ring_addr;
+        uint32_t ring_entries;
+        uint16_t bgid;
+        uint16_t flags;
+        uint64_t resv[3];
+    } reg = {(uintptr_t)buffers, n, (uint16_t)group, (uint16_t)flags, {0}};
+
+    _Static_assert(sizeof(reg) == sizeof(struct io_uring_buf_reg), "as the kernel has it");
+    if (belongs_to_parent(r))
+        return -EOWNERDEAD;
+    return io_uring_register(r->ring_fd, IORING_REGISTER_PBUF_RING, &reg, 1);
+}
+
+int tu_unregister_buffer_ring(struct tu_ring *r, unsigned group)
+{
+    return belongs_to_parent(r) ? -EOWNERDEAD : io_uring_unregister_buf_ring(&r->ring, (int)group);
+}
+
+/* Publishes n more entries, which Python has filled behind the tail. */
+void tu_provide(struct tu_buffer *buffers, unsigned n)
+{
+    io_uring_smp_store_release(&buffers->resv, (uint16_t)(buffers->resv + n));
+}
+
+/* From now on the CQEs of the requests of `job` are counted off in it; NULL ends that. */
+int tu_set_job(struct tu_ring *r, unsigned slot, struct tu_job *job)
+{
+    if (slot >= r->job_slots) {
+        unsigned slots = r->job_slots ? r->job_slots : 64;
+        struct tu_job **jobs;
+
+        while (slots <= slot)
+            slots *= 2;
+        jobs = realloc(r->jobs, slots * sizeof(*jobs));
+        if (!jobs)
+            return -ENOMEM;
+        memset(jobs + r->job_slots, 0, (slots - r->job_slots) * sizeof(*jobs));
+        r->jobs = jobs;
+        r->job_slots = slots;
+    }
+    r->jobs_open += !r->jobs[slot];
+    r->jobs_open -= !job;
+    r->jobs[slot] = job;
+    return 0;
+}
+
+/* Copies a job's entries to where the next tick takes them from, and gives each its user_data. */
+void tu_stage_job(void *staging, const void *entries, unsigned n, int64_t token)
+{
+    struct io_uring_sqe *sqe = staging;
+
+    memcpy(sqe, entries, n * sizeof(*sqe));
+    for (int64_t position = 0; position < n; position++)
+        sqe[position].user_data = (uint64_t)(token | position << TU_JOB_POSITION_SHIFT);
+}
+
 static unsigned kernel_flags(struct tu_ring *r)
 {
     return IO_URING_READ_ONCE(*r->ring.sq.kflags) & (IORING_SQ_CQ_OVERFLOW | IORING_SQ_TASKRUN);
@@ -233,12 +406,25 @@ static int submit(struct tu_ring *r)
     return io_uring_submit(&r->ring);
 }
 
+/* How many entries are linked to each other from here on. They are staged as a whole, or taken back as a whole. */
+static unsigned chain_length(const struct io_uring_sqe *entry)
+{
+    unsigned n = 1;
+
+    while ((entry++)->flags & (IOSQE_IO_LINK | IOSQE_IO_HARDLINK))
+        n++;
+    return n;
+}
+
 /*
  * Moves staged entries into the submission queue; a full queue is handed to the kernel on the way. What has been moved
  * is counted in r->taken and must not be staged again, whatever happens next: the kernel finds it at the next enter.
+ * A chain goes into one submission: where that ends, the kernel ends the chain.
  */
 static int push(struct tu_ring *r, const struct io_uring_sqe *staged, unsigned n)
 {
+    unsigned room = 0; /* for the rest of the chain */
+
     for (const struct io_uring_sqe *entry = staged; entry < staged + n; entry++) {
         struct io_uring_sqe *sqe;
 
@@ -246,21 +432,56 @@ static int push(struct tu_ring *r, const struct io_uring_sqe *staged, unsigned n
             r->taken++;
             continue;
         }
-        sqe = io_uring_get_sqe(&r->ring);
-        if (!sqe) {
-            int ret = submit(r);
+        if (!room) {
+            room = chain_length(entry);
+            if (io_uring_sq_space_left(&r->ring) < room) {
+                int ret = submit(r);
 
-            if (ret < 0)
-                return ret;
-            sqe = io_uring_get_sqe(&r->ring);
-            if (!sqe)
-                return -EAGAIN;
+                if (ret < 0)
+                    return ret;
+                if (io_uring_sq_space_left(&r->ring) < room)
+                    return -EAGAIN;
+            }
         }
+        room--;
+        sqe = io_uring_get_sqe(&r->ring);
         memcpy(sqe, entry, sizeof(*sqe));
         r->taken++;
         r->sqes++;
     }
     return 0;
+}
+
+static struct tu_job *job_of(const struct tu_ring *r, int64_t user_data)
+{
+    uint64_t slot = (uint64_t)(user_data & TU_SLOT);
+    struct tu_job *job = user_data & TU_JOB && slot < r->job_slots ? r->jobs[slot] : NULL;
+
+    if (job && (user_data & ~TU_JOB_POSITION) == job->token &&
+        (user_data & TU_JOB_POSITION) >> TU_JOB_POSITION_SHIFT < job->size && job->left)
+        return job;
+    return NULL; /* none of ours: Python will say so */
+}
+
+/* What of a job's CQE is for Python to see: nothing, as a rule. */
+static bool count_off(struct tu_job *job, const struct io_uring_cqe *cqe, int64_t *out)
+{
+    int64_t user_data = (int64_t)cqe->user_data;
+    bool last = !(cqe->flags & IORING_CQE_F_MORE);
+
+    if (!(cqe->flags & IORING_CQE_F_NOTIF))
+        job->results[(user_data & TU_JOB_POSITION) >> TU_JOB_POSITION_SHIFT] = cqe->res;
+    job->left -= last;
+    if (last && job->left == 0) {
+        out[0] = job->token;
+        out[1] = (int64_t)job->size;
+        out[2] = 0;
+        return true;
+    }
+    out[0] = user_data;
+    out[1] = cqe->res;
+    out[2] = IORING_CQE_F_MORE; /* of the job */
+    return last && job->each;
 }
 
 static unsigned reap(struct tu_ring *r)
@@ -269,18 +490,27 @@ static unsigned reap(struct tu_ring *r)
     unsigned head, n = 0;
 
     io_uring_for_each_cqe(&r->ring, head, cqe) {
-        int64_t *out;
+        int64_t *out = r->cqes + 3 * r->reaped;
+        struct tu_job *job;
 
         if (r->reaped == TU_CQES_PER_TICK)
             break;
-        out = r->cqes + 3 * r->reaped++;
-        out[0] = (int64_t)cqe->user_data;
-        out[1] = cqe->res;
-        out[2] = cqe->flags;
         n++;
+        job = job_of(r, (int64_t)cqe->user_data);
+        if (job) {
+            if (!count_off(job, cqe, out)) {
+                r->cqes_in_jobs++;
+                continue;
+            }
+        } else {
+            out[0] = (int64_t)cqe->user_data;
+            out[1] = cqe->res;
+            out[2] = cqe->flags;
+        }
+        r->reaped++;
+        r->cqes_seen++;
     }
     io_uring_cq_advance(&r->ring, n);
-    r->cqes_seen += n;
     return n;
 }
 
@@ -308,23 +538,12 @@ static bool passing_trouble(int err)
     return err == -EINTR || err == -EAGAIN || err == -EBUSY || err == -ENOMEM;
 }
 
-/*
- * Submits the first n staged entries, waits up to timeout_ns for a completion (not at all when there
- * is one already), reaps. Returns the number of CQEs in r->cqes when everything went through, and
- * -ETIME in place of 0 when the time-out expired. Any other negative value: r->taken and r->reaped
- * tell how far it came; -EINTR, the wait ended early without a completion; -EAGAIN, entries are left.
- */
-int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_ns)
+static int tick(struct tu_ring *r, const struct io_uring_sqe *staged, unsigned n, int64_t timeout_ns)
 {
     uint64_t end = r->taken + n;
-    bool expired = true, stalled;
-    int ret;
+    bool expired = timeout_ns <= 0, stalled;
+    int ret = push(r, staged, n);
 
-    if (belongs_to_parent(r))
-        return -EOWNERDEAD;
-    r->reaped = 0;
-    r->submits += n > 0;
-    ret = push(r, staged, n);
     if (ret < 0 && !passing_trouble(ret))
         return ret;
 
@@ -360,6 +579,37 @@ int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_n
     if (r->reaped)
         return (int)r->reaped;
     return expired ? -ETIME : -EINTR;
+}
+
+/*
+ * Submits the first n staged entries, waits up to timeout_ns for a completion (not at all when there
+ * is one already), reaps. Returns the number of CQEs in r->cqes when everything went through, and
+ * -ETIME in place of 0 when the time-out expired. Any other negative value: r->taken and r->reaped
+ * tell how far it came; -EINTR, the wait ended early without a completion; -EAGAIN, entries are left.
+ *
+ * Where all that came was counted off in jobs there is no news for Python yet, and the wait goes on.
+ */
+int tu_tick(struct tu_ring *r, const void *staged, unsigned n, int64_t timeout_ns)
+{
+    uint64_t in_jobs = r->cqes_in_jobs;
+    int64_t deadline = 0;
+    int ret;
+
+    if (belongs_to_parent(r))
+        return -EOWNERDEAD;
+    r->reaped = 0;
+    r->submits += n > 0;
+    if (r->jobs_open && timeout_ns > 0)
+        deadline = now_ns() + timeout_ns;
+    ret = tick(r, staged, n, timeout_ns);
+    while (ret == -EINTR && r->cqes_in_jobs != in_jobs) {
+        in_jobs = r->cqes_in_jobs;
+        timeout_ns = deadline - now_ns();
+        if (timeout_ns <= 0)
+            return -ETIME;
+        ret = tick(r, NULL, 0, timeout_ns);
+    }
+    return ret;
 }
 
 /*
@@ -403,5 +653,6 @@ void tu_free(struct tu_ring *r)
             io_uring_queue_exit(&r->ring);
         }
     }
+    free(r->jobs);
     free(r);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import gc
 import itertools
@@ -9,9 +10,11 @@ import os
 import pickle
 import queue
 import re
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -22,12 +25,14 @@ import trio
 import trio.testing
 
 import trio_uring
+from tests import libc
 from trio_uring import RingConfig, _trio_internals
 from trio_uring._core import UringIOManager, _this_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
+    from types import FrameType
 
     from trio.lowlevel import Task
 
@@ -137,7 +142,7 @@ def manager() -> UringIOManager:
     return found
 
 
-def in_kernel_worker(kind: Kind) -> Kind:
+def in_kernel_worker(kind: Kind[T]) -> Kind[T]:
     """The same operation, but the kernel does it in a worker thread, where a cancel may find it running."""
     return dataclasses.replace(kind, flags=kind.flags | IOSQE_ASYNC)
 
@@ -228,6 +233,35 @@ async def parked(nursery: trio.Nursery, async_fn: Callable[..., Awaitable[T]], *
     await trio.testing.wait_all_tasks_blocked()
     assert not attempt.done, attempt.error or attempt.value
     return attempt
+
+
+@contextmanager
+def interrupted_at_line(n: int) -> Iterator[Callable[[], int]]:
+    """The n-th line of ours that runs inside, in this thread, is interrupted. Yields what ends that and returns how
+    many lines there were.
+    """
+    seen = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal seen
+        if "/trio_uring/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == n:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    def stop() -> int:
+        sys.settrace(before)
+        return seen
+
+    before = sys.gettrace()  # of a coverage tool, say
+    sys.settrace(trace)
+    try:
+        yield stop
+    finally:
+        stop()
 
 
 def give_way() -> None:
@@ -410,6 +444,46 @@ class Bench:
         listener.listen(backlog)
         return listener
 
+    def child(self) -> tuple[int, Callable[[], None]]:
+        """The pid of a child, and what makes it exit with status 0."""
+        read_end, write_end = self.pipe()
+        to_stdin = [(os.POSIX_SPAWN_DUP2, read_end, 0)]
+        pid = os.posix_spawn("/bin/cat", ["cat"], {}, file_actions=to_stdin)
+        self._stack.callback(_reap, pid)
+
+        def end() -> None:
+            self.closed(write_end)
+            os.close(write_end)
+
+        return pid, end
+
+    def exited_child(self) -> int:
+        """The pid of a child that nobody has waited for."""
+        pid, end = self.child()
+        end()
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return pid
+
+    def epoll(self) -> select.epoll:
+        return self._stack.enter_context(select.epoll())
+
+    def futex(self) -> memoryview:
+        """A futex with 7 in it."""
+        return memoryview(array.array("I", [7])).cast("B")
+
+    def wake(self, futex: memoryview) -> None:
+        """Wakes one who waits on the futex, now or later."""
+        stop = threading.Event()
+
+        def wake() -> None:
+            while not stop.is_set() and not libc.futex_wake(futex, 1):
+                give_way()
+
+        thread = threading.Thread(target=wake)
+        thread.start()
+        self._stack.callback(thread.join)
+        self._stack.callback(stop.set)
+
     def deaf_listener(self) -> socket.socket:
         """A listener with a full backlog: who connects next has to wait."""
         listener = self.listener(backlog=0)
@@ -418,6 +492,15 @@ class Bench:
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
         return listener
+
+
+def _reap(pid: int) -> None:
+    """Ends a child, unless the test has."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
 
 
 def fill(write: Callable[[], int]) -> int:

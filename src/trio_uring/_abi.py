@@ -125,12 +125,37 @@ class Feature(enum.IntFlag):
     NO_IOWAIT = 1 << 17
 
 
+SQE_FIXED_FILE = 1 << 0  # fd is a place in the table of registered files
+SQE_IO_LINK = 1 << 2  # the next request starts when this one is done, and is cancelled if this one fails
+SQE_IO_HARDLINK = 1 << 3  # the next request starts when this one is done, whatever came of it
+SQE_BUFFER_SELECT = 1 << 5  # the kernel takes a provided buffer
+
+CQE_F_BUFFER = 1 << 0  # the upper half of the flags is the buffer's number
 CQE_F_MORE = 1 << 1  # more CQEs of this request follow
 CQE_F_NOTIF = 1 << 3  # the zero-copy notification: the buffer is free
+CQE_F_BUF_MORE = 1 << 4  # the rest of the buffer is still the kernel's (incremental consumption)
+CQE_BUFFER_SHIFT = 16
+
+PBUF_RING_INC = 1 << 1  # io_uring_register_buf_ring: receives share a buffer as long as it has room
 
 ASYNC_CANCEL_ALL = 1 << 0
 ASYNC_CANCEL_FD = 1 << 1
 
 FSYNC_DATASYNC = 1 << 0
+
+POLL_ADD_MULTI = 1 << 0
+TIMEOUT_ETIME_SUCCESS = 1 << 5  # the time-out's end does not break a chain
+TIMEOUT_MULTISHOT = 1 << 6
+ACCEPT_MULTISHOT = 1 << 0
+RECV_MULTISHOT = 1 << 1
+SEND_ZC_REPORT_USAGE = 1 << 3
+
+SOCKET_OP_SIOCINQ = 0
+SOCKET_OP_SIOCOUTQ = 1
+SOCKET_OP_GETSOCKOPT = 2
+SOCKET_OP_SETSOCKOPT = 3
+
+FUTEX2_SIZE_U32 = 0x02
+FUTEX2_PRIVATE = 128
 
 NOP_INJECT_RESULT = 1 << 0

@@ -24,7 +24,7 @@ from __future__ import annotations
 import enum
 import errno
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import outcome
 import trio
@@ -69,6 +69,7 @@ class Event(enum.IntEnum):
     RESULT_CQE = 6  #: a CQE with F_MORE: the result, but not the last CQE
     LAST_CQE = 7  #: the last CQE
     PICK_UP = 8  #: the task runs again and takes the result
+    SHOT = 9  #: a CQE with F_MORE of a multishot operation: one result of many
 
 
 TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
@@ -88,6 +89,7 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
         Event.ABANDON: State.DETACHED,
         Event.RESULT_CQE: State.NOTIFYING,
         Event.LAST_CQE: State.SETTLED,
+        Event.SHOT: State.IN_FLIGHT,
     },
     State.CANCELLING: {
         Event.ABORT: State.CANCELLING,
@@ -95,6 +97,7 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
         Event.ABANDON: State.DETACHED,
         Event.RESULT_CQE: State.NOTIFYING,
         Event.LAST_CQE: State.SETTLED,
+        Event.SHOT: State.CANCELLING,
     },
     State.NOTIFYING: {
         Event.CLOSE: State.NOTIFYING,
@@ -106,6 +109,7 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
         Event.CLOSE: State.DETACHED,
         Event.RESULT_CQE: State.DETACHED,
         Event.LAST_CQE: State.IDLE,
+        Event.SHOT: State.DETACHED,
     },
     State.SETTLED: {
         Event.CLOSE: State.SETTLED,
@@ -122,8 +126,22 @@ _IN_FLIGHT: Final = State.IN_FLIGHT
 _SETTLED: Final = State.SETTLED
 
 
+T = TypeVar("T")
+
+
+class Fallback(Protocol):
+    """Does an operation at once, without the ring and without blocking."""
+
+    def __call__(self, *, fd: int, off: int, pin: Any, length: int, op_flags: int, via: int | None, keep: Any) -> int:
+        """Takes the fields of the SQE; returns what the CQE's ``res`` would be. Raises OSError."""
+
+
+def nothing(res: int, keep: Any) -> None:
+    """The caller's result of an operation whose success says it all."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Kind:
+class Kind(Generic[T]):
     """One row of the operation table: everything the library knows about an operation.
 
     Attributes:
@@ -133,14 +151,27 @@ class Kind:
         result: what a CQE's ``res`` >= 0 means.
         summary: one line for the reference.
         man: the manual page its meaning is taken from.
+        runs: where the kernel does it. ``"inline"``: while it is submitted. ``"waits"``: inline if it can, else when
+            the fd is ready, without a thread. ``"may block"``: inline if it can, else in a worker thread of the
+            kernel. ``"worker"``: always in one.
+        decode: makes the caller's result of ``res`` and what the operation kept; None: the result is ``res``.
         direction: the side of a socket it occupies: one task at a time. None: any number of tasks.
         wait_for: poll events after which -EAGAIN is worth another try; 0: -EAGAIN goes to the caller.
         success: negative results that mean success here.
         dispose: what becomes of a result nobody can take; called with ``res`` and what the operation kept.
+        staged, released: called with what the operation keeps when the kernel is to use its memory, and when it no
+            longer does: once each for every try, and tries may overlap.
+        prelude: called with the manager and the fd when the task is sure to submit, just before.
+        second_fd: the field of the SQE that holds another fd, if one does.
+        proxy: an opcode that came with the same kernel, for what the probe does not tell.
+        fallback: does it without the ring where the kernel lacks it.
+        cloexec: the field with the close-on-exec flag, for an operation that can make a direct descriptor,
+            which must not have that flag.
         readiness: True for polls: no result, nothing pinned, not counted against ``max_in_flight``.
         flags: the SQE's ``IOSQE_*`` flags.
         ioprio: the SQE's ioprio field, which several opcodes use for flags of their own.
         head: the SQE's first four bytes, made of these.
+        needs: the opcodes without which it does not work.
     """
 
     name: str
@@ -149,17 +180,44 @@ class Kind:
     result: Literal["count", "fd", "nothing", "struct"]
     summary: str
     man: str
+    runs: Literal["inline", "waits", "may block", "worker"] = "inline"
+    decode: Callable[[int, Any], T] | None = None
     direction: Literal["read", "write"] | None = None
     wait_for: int = 0
     success: frozenset[int] = frozenset()
     dispose: Callable[[int, Any], object] | None = None
+    staged: Callable[[Any], object] | None = None
+    released: Callable[[Any], object] | None = None
+    prelude: Callable[[Any, int], object] | None = None
+    second_fd: Literal["length", "off", "file_index"] | None = None
+    proxy: Opcode | None = None
+    fallback: Fallback | None = None
+    cloexec: Literal["off", "op_flags", "open_how"] | None = None
     readiness: bool = False
     flags: int = 0
     ioprio: int = 0
     head: int = field(init=False)
+    needs: frozenset[Opcode] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.result == "nothing" and self.decode is None:
+            object.__setattr__(self, "decode", nothing)
         object.__setattr__(self, "head", self.opcode | self.flags << 8 | self.ioprio << 16)
+        needs = {self.opcode} if self.proxy is None else {self.opcode, self.proxy}
+        object.__setattr__(self, "needs", frozenset(needs))
+
+    @property
+    def cancellable(self) -> bool:
+        """Can the kernel end it before it is done? What runs inline or in a worker it can only take back unbegun."""
+        return self.runs in ("waits", "may block")
+
+    def second_fd_of(self, off: int, length: int, extra: tuple[int, int, int, int] | None) -> int:
+        """The other fd the SQE names, of its fields."""
+        if self.second_fd == "file_index":
+            assert extra is not None
+            return extra[2]
+        number = off if self.second_fd == "off" else length
+        return number if number < 1 << 31 else number - (1 << 32)
 
 
 class Owner(Protocol):
@@ -176,11 +234,14 @@ class Owner(Protocol):
     def wake(self) -> Callable[[Task, object], None]:
         """Wakes a parked task with a value."""
 
-    def ask_cancel(self, operation: Operation) -> None:
-        """Stages an ASYNC_CANCEL for the operation."""
+    def ask_cancel(self, token: int, notice: int = ...) -> None:
+        """Stages an ASYNC_CANCEL for the request with this token. ``notice`` is the user_data of its own CQE."""
 
     def hand_over(self, operation: Operation) -> None:
         """Gives an idle operation to the task that waits longest for one."""
+
+    def released(self, operation: Operation) -> None:
+        """The kernel no longer uses the memory of an operation that wants to know."""
 
 
 class Retry(NamedTuple):
@@ -238,7 +299,7 @@ class Operation:
         self.trap: Any = make_trap(self.abort)
         self._state = _IDLE
         self.task: Task | None = None
-        self.kind: Kind
+        self.kind: Kind[Any]
         self.fd = -1
         self.pin: Any = None
         self.keep: Any = None
@@ -274,6 +335,15 @@ class Operation:
         """Its SQE could not be filled: back to IDLE."""
         self._state = _IDLE
         self._let_go()
+
+    @property
+    def weight(self) -> int:
+        """How many requests it is, for the statistics."""
+        return 1
+
+    def occupies(self, direction: str | None, fd: int) -> bool:
+        """Is this direction of the fd in use?"""
+        return self.kind.direction == direction and self.task is not None
 
     def complete(self, token: int, res: int, flags: int) -> None:
         """A CQE with this operation's token has arrived."""
@@ -323,13 +393,20 @@ class Operation:
             if not flags & CQE_F_NOTIF:
                 self._count_cancel(res)
                 self._dispose(res)
+            self._unpin()
             self._let_go()
 
     def _unpin(self) -> None:
-        """The kernel is done with the memory. What a result would be disposed of with stays until it is picked up."""
+        """The kernel is done with the memory. What the result is made of, or disposed of with, stays until then."""
+        kind = self.kind
+        self._tell_released()
         self.pin = None
-        if self.kind.dispose is None:
+        if kind.decode is None and kind.dispose is None:
             self.keep = None
+
+    def _tell_released(self) -> None:
+        if self.kind.released is not None:
+            self.owner.released(self)
 
     def _is_to_be_retried(self, res: int) -> bool:
         """Interrupted or refused before it did anything, and nobody wanted that?"""
@@ -361,7 +438,7 @@ class Operation:
         self._cancel_in_kernel(Event.ABORT, raise_cancel)
         return trio.lowlevel.Abort.FAILED
 
-    def fd_closing(self) -> None:
+    def fd_closing(self, fd: int) -> None:
         """The fd is about to be closed: nothing may name it any more, and whoever waits must hear of it."""
         task, state = self.task, self.state
         if state is State.STAGED:
@@ -378,8 +455,8 @@ class Operation:
         else:
             self._move(Event.CLOSE)
 
-    def expect_cancel_by_fd(self) -> None:
-        """Somebody is about to cancel whatever is in flight on the fd: what comes of it is not to be tried again."""
+    def expect_cancel_by_fd(self, fd: int) -> None:
+        """Somebody is about to cancel whatever is in flight on an fd: what comes of it is not to be tried again."""
         if self._state is _IN_FLIGHT and self.interrupt is None:
             self.interrupt = _raise_cancelled_by_fd
 
@@ -404,7 +481,7 @@ class Operation:
         self._move(event)
         self.interrupt = interrupt
         if not asked_before:
-            self.owner.ask_cancel(self)
+            self._ask_kernel()
 
     def _detach(self, event: Event) -> None:
         asked_before = self._state is State.CANCELLING
@@ -412,11 +489,15 @@ class Operation:
         self.task = None
         self.interrupt = None
         if not asked_before:
-            self.owner.ask_cancel(self)
+            self._ask_kernel()
+
+    def _ask_kernel(self) -> None:
+        self.owner.ask_cancel(self.token)
 
     def _take_back(self) -> None:
         self.owner.ring.neutralise(self.number)
         self.siblings.discard(self)
+        self._tell_released()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -427,6 +508,16 @@ class Operation:
             self.owner.hand_over(self)
         else:
             self.home.append(self)
+
+    def take_result(self, res: int) -> Any:
+        """Picks up a result that means success, and makes the caller's of it."""
+        decode = self.kind.decode
+        if decode is None:
+            self.pick_up()
+            return res
+        keep = self.keep
+        self.pick_up()
+        return decode(res, keep)
 
     def pick_up(self) -> None:
         """The task runs again and has the result."""
@@ -449,6 +540,8 @@ class Operation:
         retry = None
         if self._is_to_be_retried(res):
             retry = Retry(self.kind.wait_for if res == -errno.EAGAIN else 0, self.pin, self.keep)
+            if self._state is _SETTLED:  # otherwise the notification does it
+                self._tell_released()
         self.pick_up()
         if retry is not None:
             return retry

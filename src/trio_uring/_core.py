@@ -25,8 +25,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import os
+import resource
 import select
 import threading
 import types
@@ -35,7 +37,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from threading import get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol, TypeVar, cast
 
 import outcome
 import trio
@@ -44,22 +46,34 @@ from trio.lowlevel import current_task, enable_ki_protection
 from . import _trio_internals
 from ._abi import Opcode
 from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State, closed_error
-from ._errors import RingError, UnavailableError, UnsupportedOperation
-from ._ring import Ring, RingConfig
+from ._errors import RingError, UnavailableError, locked_memory_error, unsupported
+from ._job import Job
+from ._ring import Ring, RingConfig, ffi
+from ._shots import Shots
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator, Iterator
+    from collections.abc import Collection, Generator, Iterator, Sequence
 
     from trio.lowlevel import Abort, RaiseCancelT, Task
 
-    from ._ring import SubmissionQueue
+    from ._ring import BufferRing, SubmissionQueue
+    from ._shots import Receiver
+
+T = TypeVar("T")
 
 _CANCEL_HEAD: Final = int(Opcode.ASYNC_CANCEL)
 _CANCEL_TOKEN: Final = 1 << INDEX_BITS  # slot 0, which only takes notice
 _POLL_HEAD: Final = int(Opcode.POLL_ADD)
-_MAX_RW_COUNT: Final = 0x7FFFF000  # what read(2) and write(2) transfer at most; the SQE's field has 32 bits
+MAX_RW_COUNT: Final = 0x7FFFF000  # what read(2) and write(2) transfer at most; the SQE's field has 32 bits
 _WAKEUP_INDEX: Final = 1
-_FIRST_INDEX: Final = 2
+_MAIL_INDEX: Final = 2
+_FIRST_INDEX: Final = 3
+
+MAX_DIRECT: Final = 1024
+"""How many direct descriptors the chains of a run can have open at once."""
+
+MAX_FIXED_BUFFERS: Final = 1024
+"""How many buffers can be registered in a run at once."""
 
 DRAIN_SECONDS: Final = 10.0
 """How long the end of a run waits for operations the kernel will not give back (a dead network mount)."""
@@ -70,21 +84,21 @@ _kept_for_ever: list[Operation] = []
 # ring could be finalised first, and then nobody could drain it.
 _open_managers: set[UringIOManager] = set()
 
-POLL_IN: Final = Kind(
+POLL_IN: Final[Kind[int]] = Kind(
     name="wait_readable",
     opcode=Opcode.POLL_ADD,
     since="5.1",
-    result="nothing",
+    result="count",
     summary="trio's wait for readability",
     man="io_uring_prep_poll_add(3)",
     direction="read",
     readiness=True,
 )
-POLL_OUT: Final = Kind(
+POLL_OUT: Final[Kind[int]] = Kind(
     name="wait_writable",
     opcode=Opcode.POLL_ADD,
     since="5.1",
-    result="nothing",
+    result="count",
     summary="trio's wait for writability",
     man="io_uring_prep_poll_add(3)",
     direction="write",
@@ -163,11 +177,73 @@ class UringStatistics:
     engine: Literal["io_uring"] = field(default="io_uring", init=False)
 
 
+def _max_direct() -> int:
+    return min(MAX_DIRECT, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+class _Places:
+    """Who has which place in the ring's table of direct descriptors."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.size = _max_direct()
+        self._free = list(range(self.size))
+        self._first_in_line = trio.Lock()
+        self._more = trio.lowlevel.ParkingLot()
+        ring.register_files(self.size)
+
+    def are_free(self, n: int) -> bool:
+        return len(self._free) >= n and not self._first_in_line.locked()
+
+    async def take(self, n: int) -> list[int]:
+        if not self.are_free(n):
+            async with self._first_in_line:
+                while len(self._free) < n:
+                    await self._more.park()
+                return self._take(n)
+        return self._take(n)
+
+    def _take(self, n: int) -> list[int]:
+        got = self._free[-n:]
+        del self._free[-n:]
+        return got
+
+    def put_back(self, places: list[int]) -> None:
+        self._free.extend(places)
+        self._more.unpark_all()
+
+
+@dataclass
+class _Waiting:
+    """A task that waits for slots."""
+
+    fds: Collection[int]  #: what it will use
+    needed: int
+    got: list[Operation]
+
+
+class _Both:
+    """Two sets of operations that an operation is to be discarded from."""
+
+    def __init__(self, *sets: set[Operation]) -> None:
+        self._sets = sets
+
+    def discard(self, operation: Operation) -> None:
+        for each in self._sets:
+            each.discard(operation)
+
+
 class _Notices:
     """Slot 0: CQEs that concern no task (acknowledged cancels, a wait that a signal ended)."""
 
+    def __init__(self, slots: list[Any]) -> None:
+        self._slots = slots
+
     def complete(self, token: int, res: int, flags: int) -> None:
-        """Nothing depends on them."""
+        """Nothing depends on them, but that a cancel may have come too early for a step of a chain."""
+        if res == -errno.ENOENT:
+            job = self._slots[token >> 2 * INDEX_BITS]
+            if isinstance(job, Job):
+                job.cancel_missed(token >> INDEX_BITS & INDEX_MASK)
 
 
 class _Wakeup:
@@ -195,6 +271,43 @@ class _Wakeup:
     def complete(self, token: int, res: int, flags: int) -> None:
         _drain_eventfd(self.fd)
         self.arm()
+
+
+class Addressee(Protocol):
+    """Who gets what is sent to a mailbox."""
+
+    def deliver(self, res: int) -> None:
+        """A CQE has come."""
+
+    def forsake(self) -> None:
+        """The run is over."""
+
+
+class _Mail:
+    """Slot 2: CQEs that other rings have posted. Those for a mailbox that is closed are nobody's."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[int, Addressee] = {}
+        self._numbers = itertools.count(_MAIL_INDEX | 1 << INDEX_BITS, 1 << INDEX_BITS)
+
+    def open(self, box: Addressee) -> int:
+        """Returns the user_data of what is sent to it."""
+        token = next(self._numbers)
+        self._boxes[token] = box
+        return token
+
+    def close(self, token: int) -> None:
+        self._boxes.pop(token, None)
+
+    def complete(self, token: int, res: int, flags: int) -> None:
+        box = self._boxes.get(token)
+        if box is not None:
+            box.deliver(res)
+
+    def forsake(self) -> None:
+        while self._boxes:
+            _, box = self._boxes.popitem()
+            box.forsake()
 
 
 def number_of(fd: int | HasFileno) -> int:
@@ -236,11 +349,18 @@ class UringIOManager:
         self._now = 0.0  # when this tick began; 0: nobody has asked yet
         self._missing = frozenset(Opcode) - self.ring.supported
         self._wakeup = _Wakeup(self.ring)
-        self._slots: list[Any] = [_Notices(), self._wakeup]
+        self.mail = _Mail()
+        self._slots: list[Any] = [None, self._wakeup, self.mail]
+        self._slots[0] = _Notices(self._slots)
         self._idle: list[Operation] = []
         self._idle_polls: list[Operation] = []
         self._counted_slots = 0
-        self._queue: OrderedDict[Task, int] = OrderedDict()
+        self._queue: OrderedDict[Task, _Waiting] = OrderedDict()
+        self._places: _Places | None = None
+        self._buffers_registered = False
+        self._free_buffers: list[int] = []
+        self._buffer_groups = itertools.count()
+        self._free_groups: list[int] = []
         self._by_fd: dict[int, set[Operation]] = {}
         self._unprocessed: Iterator[int] = iter(())
         _this_thread.manager = self
@@ -253,8 +373,7 @@ class UringIOManager:
         if get_ident() != self._owner:
             if self._owner is not None:
                 return self._wait_in_worker(timeout)
-            self.ring.enable()
-            self._owner = get_ident()
+            self.own_ring()
         events = self.ring.tick(timeout)
         self._now = 0.0
         if events:
@@ -293,13 +412,13 @@ class UringIOManager:
         operations = self._by_fd.pop(number, None)  # what comes now is for another file of that number
         if self._closed:
             return
-        for task in [task for task, waits_for in self._queue.items() if waits_for == number]:
-            del self._queue[task]
+        for task in [task for task, waiting in self._queue.items() if number in waiting.fds]:
+            self._leave_queue(task)
             trio.lowlevel.reschedule(task, outcome.Error(closed_error()))
         if not operations:
             return
         for operation in tuple(operations):
-            operation.fd_closing()
+            operation.fd_closing(number)
         if operations and self._owner is not None:  # those that are left are with the kernel
             self.ring.flush()
 
@@ -324,7 +443,7 @@ class UringIOManager:
             cancels_lost=self.cancels_lost,
             overflows=ring["overflows"],
             stalls=ring["stalls"],
-            in_flight=sum(not op.kind.readiness for op in in_flight),
+            in_flight=sum(op.weight for op in in_flight if not op.kind.readiness),
             peak=self._counted_slots,  # a slot is made only when none is idle
             waiting_for_slot=len(self._queue),
             operations=tuple(
@@ -350,6 +469,7 @@ class UringIOManager:
         self._closed = True
         _open_managers.discard(self)
         self._queue.clear()
+        self.mail.forsake()
         self.perform = _no_manager.perform  # type: ignore[method-assign]  # for late calls
         if _this_thread.manager is self:
             del _this_thread.manager
@@ -367,49 +487,72 @@ class UringIOManager:
 
     # What operations call
 
-    def ask_cancel(self, operation: Operation) -> None:
+    def own_ring(self) -> None:
+        """Makes this thread, the run's, the ring's owner. A guest's main task runs before the first tick does it."""
+        if self._owner is None:
+            self.ring.enable()
+            self._owner = get_ident()
+
+    def ask_cancel(self, token: int, notice: int = _CANCEL_TOKEN) -> None:
         """Stages an ASYNC_CANCEL; the operation's own CQE will tell what came of it."""
         self._cancels_asked += 1
-        self.ring.stage(_CANCEL_HEAD, -1, 0, operation.token, 0, 0, _CANCEL_TOKEN)
+        self.ring.stage(_CANCEL_HEAD, -1, 0, token, 0, 0, notice)
         if self._worker_waits:
             self.ring.flush()
 
     def hand_over(self, operation: Operation) -> None:
-        """Gives an idle operation to the task that waits longest for one."""
-        task, _ = self._queue.popitem(last=False)
-        trio.lowlevel.reschedule(task, outcome.Value(operation))
+        """Gives an idle operation to the task that waits longest; it goes on when it has as many as it needs."""
+        task, waiting = next(iter(self._queue.items()))
+        waiting.got.append(operation)
+        if len(waiting.got) == waiting.needed:
+            del self._queue[task]
+            trio.lowlevel.reschedule(task)
+
+    def end_job(self, job: Job) -> None:
+        """The job is over: its slots are free."""
+        self.ring.set_job(job.index, ffi.NULL)
+        self._slots[job.index] = job.borrowed[0]
+        self.give_back(job.borrowed)
+        job.finish(self)
+
+    def released(self, operation: Operation) -> None:
+        """The kernel no longer uses the memory of an operation that wants to know."""
+        if not self._closed:
+            assert operation.kind.released is not None
+            operation.kind.released(operation.keep)
 
     # What `lowlevel` calls
 
     def expect_cancel_by_fd(self, fd: int) -> None:
         """An ASYNC_CANCEL by fd is about to be staged."""
         for operation in self._by_fd.get(fd, ()):
-            operation.expect_cancel_by_fd()
+            operation.expect_cancel_by_fd(fd)
 
     @enable_ki_protection
     @types.coroutine
     def perform(
         self,
-        kind: Kind,
+        kind: Kind[T],
         fd: int = -1,
         off: int = 0,
         pin: Any = None,
         length: int = 0,
         op_flags: int = 0,
-        addr: int = 0,
-        via: int | None = None,
         keep: Any = None,
         filename: object = None,
-    ) -> Generator[Any, Any, int]:
-        """Runs one operation to its end and returns the CQE's ``res``. A checkpoint in any case.
+        addr: int = 0,
+        via: int | None = None,
+        extra: tuple[int, int, int, int] | None = None,
+    ) -> Generator[Any, Any, T]:
+        """Runs one operation to its end and returns its result. A checkpoint in any case.
 
         Args:
             kind: the row of the operation table.
-            fd, off, length, op_flags, addr: the SQE's fields. ``length`` -1 is "all of ``pin``".
-            via: the fd for the SQE, if it is not ``fd`` itself.
+            fd, off, length, op_flags, addr, extra: the SQE's fields. ``length`` -1 is "all of ``pin``".
             pin: a cffi buffer or struct whose address goes into ``addr``; the operation owns it until its last CQE.
             keep: whatever else the kernel reads or writes; owned likewise.
             filename: for the OSError.
+            via: the fd for the SQE, if it is not ``fd`` itself.
 
         Raises:
             trio.BusyResourceError: another task uses this direction of the fd.
@@ -417,11 +560,17 @@ class UringIOManager:
             UnsupportedOperation: the kernel lacks the operation.
             OSError: the operation failed.
         """
-        if self._missing and kind.opcode in self._missing:
-            raise UnsupportedOperation(
-                errno.EOPNOTSUPP,
-                f"this kernel lacks IORING_OP_{kind.opcode.name} ({kind.name}); Linux {kind.since} brought it",
-            )
+        try:
+            without_ring = self._missing and self.lacks(kind)
+        except OSError:
+            pin = keep = None  # a traceback keeps this frame
+            raise
+        if without_ring:
+            yield from trio.lowlevel.checkpoint().__await__()
+            return self.fall_back(kind, fd, off, pin, length, op_flags, keep, via)
+        if kind.prelude is not None:
+            yield from trio.lowlevel.checkpoint_if_cancelled().__await__()
+            kind.prelude(self, fd)
         siblings = self._by_fd.get(fd)
         if siblings is None:
             siblings = self._by_fd[fd] = set()
@@ -431,7 +580,11 @@ class UringIOManager:
                 pool = self._idle_polls if kind.readiness else self._idle
                 operation: Operation = pool.pop() if pool else (yield from self._another_slot(kind, task, fd))
                 if siblings and kind.direction is not None and fd >= 0:
-                    self._check_not_busy(kind, siblings, operation)
+                    try:
+                        self.check_not_busy(kind.direction, fd)
+                    except trio.BusyResourceError:
+                        operation.not_staged()
+                        raise
                 operation.task = task
                 operation.kind = kind
                 operation.fd = fd
@@ -441,16 +594,28 @@ class UringIOManager:
                 operation.siblings = siblings
                 if length < 0:
                     length = len(pin)
-                    if length > _MAX_RW_COUNT:
-                        length = _MAX_RW_COUNT
+                    if length > MAX_RW_COUNT:
+                        length = MAX_RW_COUNT
                 try:
                     operation.number = self.ring.stage(
-                        kind.head, fd if via is None else via, off, addr, length, op_flags, operation.begin(), pin
+                        kind.head,
+                        fd if via is None else via,
+                        off,
+                        addr,
+                        length,
+                        op_flags,
+                        operation.begin(),
+                        pin,
+                        extra,
                     )
                 except BaseException:
                     operation.not_staged()
                     raise
                 siblings.add(operation)
+                if kind.second_fd is not None:
+                    self._register_second_fd(operation, kind.second_fd_of(off, length, extra))
+                if kind.staged is not None:
+                    kind.staged(keep)
                 pin = keep = None  # from here on the operation owns them
 
                 try:
@@ -461,9 +626,13 @@ class UringIOManager:
                     raise
                 if type(res) is not int:
                     res = res.unwrap()
-                if res >= 0 or res in kind.success:
-                    operation.pick_up()
-                    return res  # type: ignore[no-any-return]
+                if res >= 0:
+                    return operation.take_result(res)  # type: ignore[no-any-return]
+                if res in kind.success:
+                    if fd >= 0 and self._by_fd.get(fd) is not siblings:  # what it means may be asked of the fd
+                        operation.pick_up()
+                        raise closed_error()
+                    return operation.take_result(res)  # type: ignore[no-any-return]
                 wait_for, pin, keep = operation.judge(res, filename)
                 self._check_still_open(fd, siblings)
                 if wait_for:
@@ -473,7 +642,50 @@ class UringIOManager:
             pin = keep = res = None  # a traceback keeps this frame
             raise
 
-    def _until_ready(self, kind: Kind, fd: int, events: int) -> Generator[Any, Any, None]:
+    @property
+    def lacks_any(self) -> bool:
+        """Does the kernel lack anything this library knows?"""
+        return bool(self._missing)
+
+    def require(self, kind: Kind[Any]) -> UringIOManager:
+        """This manager, if the operation can be done with the ring.
+
+        Raises:
+            UnavailableError: the run has no ring.
+            UnsupportedOperation: the kernel lacks the operation.
+        """
+        if self.lacks(kind):
+            raise unsupported(kind.name, kind.opcode.name, kind.since)
+        return self
+
+    def lacks(self, kind: Kind[Any]) -> bool:
+        """Is the operation to be done without the ring?
+
+        Raises:
+            UnsupportedOperation: it cannot be done at all.
+        """
+        if self._missing.isdisjoint(kind.needs):
+            return False
+        if kind.fallback is None:
+            raise unsupported(kind.name, kind.opcode.name, kind.since)
+        return True
+
+    def fall_back(
+        self, kind: Kind[T], fd: int, off: int, pin: Any, length: int, op_flags: int, keep: Any, via: int | None
+    ) -> T:
+        """The operation without the ring."""
+        assert kind.fallback is not None
+        res = kind.fallback(fd=fd, off=off, pin=pin, length=length, op_flags=op_flags, via=via, keep=keep)
+        return res if kind.decode is None else kind.decode(res, keep)  # type: ignore[return-value]
+
+    def _register_second_fd(self, operation: Operation, fd: int) -> None:
+        """An operation on two fds ends when either is closed."""
+        if fd >= 0 and fd != operation.fd:
+            others = self._by_fd.setdefault(fd, set())
+            others.add(operation)
+            operation.siblings = cast("set[Operation]", _Both(operation.siblings, others))
+
+    def _until_ready(self, kind: Kind[Any], fd: int, events: int) -> Generator[Any, Any, None]:
         """Waits until another try of an operation is worth while. As many tasks may wait as may operate."""
         if events == select.POLLOUT:
             yield from self._until_writable(POLL_OUT if kind.direction else _ANY_POLL, fd)
@@ -487,7 +699,7 @@ class UringIOManager:
 
     @enable_ki_protection
     @types.coroutine
-    def _until_writable(self, kind: Kind, fd: int) -> Generator[Any, Any, None]:
+    def _until_writable(self, kind: Kind[int], fd: int) -> Generator[Any, Any, None]:
         """Waits for POLLOUT alone. io_uring always reports POLLRDHUP as well, at once and for ever after the peer's
         half-close, although there may be no room. epoll can be told not to. So in that case, a rare one, the ring
         waits for an epoll that waits for the fd.
@@ -505,27 +717,59 @@ class UringIOManager:
         self._now = monotonic()
         return self._now
 
-    def _another_slot(self, kind: Kind, task: Task, fd: int) -> Generator[Any, Any, Operation]:
+    def _another_slot(self, kind: Kind[Any], task: Task, fd: int) -> Generator[Any, Any, Operation]:
         """A new slot, or the next one to become free if there may be no more."""
         if kind.readiness:
             return self._new_slot(self._idle_polls, ())
-        if self._counted_slots < self._config.max_in_flight:
+        (operation,) = yield from self.borrow(1, task, (fd,))
+        return operation
+
+    @enable_ki_protection
+    @types.coroutine
+    def borrow(self, n: int, task: Task, fds: Collection[int]) -> Generator[Any, Any, list[Operation]]:
+        """Idle operations, for a task that will use these fds; waits until there are enough.
+
+        Raises:
+            trio.ClosedResourceError: one of the fds was closed meanwhile.
+        """
+        idle = self._idle
+        while len(idle) < n and self._counted_slots < self._config.max_in_flight:
             self._counted_slots += 1
-            return self._new_slot(self._idle, self._queue)
+            idle.append(self._new_slot(idle, self._queue))
+        if len(idle) >= n:
+            got = idle[-n:]
+            del idle[-n:]
+            return got
 
         def abort(_: RaiseCancelT) -> Abort:
-            self._queue.pop(task, None)  # it is gone if the run is being torn down
+            self._leave_queue(task)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        siblings = self._by_fd[fd]
-        self._queue[task] = fd
-        operation: Operation = yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105
+        siblings = [(fd, self._by_fd.setdefault(fd, set())) for fd in fds]
+        waiting = self._queue[task] = _Waiting(fds, n, idle[:])
+        idle.clear()
+        yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105
         try:
-            self._check_still_open(fd, siblings)
+            for fd, operations in siblings:
+                self._check_still_open(fd, operations)
         except trio.ClosedResourceError:
-            operation.not_staged()
+            self.give_back(waiting.got)
             raise
-        return operation
+        return waiting.got
+
+    def _leave_queue(self, task: Task) -> None:
+        """The task no longer waits for slots."""
+        waiting = self._queue.pop(task, None)  # it is gone if the run is being torn down
+        if waiting is not None:
+            self.give_back(waiting.got)
+
+    def give_back(self, operations: Sequence[Operation]) -> None:
+        """They are idle again."""
+        if self._queue:
+            for operation in operations:
+                operation.not_staged()
+        else:
+            self._idle.extend(operations)
 
     def _new_slot(self, home: list[Operation], waiters: Collection[Task]) -> Operation:
         index = len(self._slots)
@@ -535,11 +779,162 @@ class UringIOManager:
         self._slots.append(operation)
         return operation
 
-    def _check_not_busy(self, kind: Kind, siblings: set[Operation], operation: Operation) -> None:
-        for other in siblings:
-            if other.kind.direction == kind.direction and other.task is not None:
-                operation.not_staged()
-                raise trio.BusyResourceError(f"another task is already using this fd to {kind.direction}")
+    def check_not_busy(self, direction: str, fd: int) -> None:
+        """Raises `trio.BusyResourceError` if a task uses this direction of the fd."""
+        for other in self._by_fd.get(fd, ()):
+            if other.occupies(direction, fd):
+                raise trio.BusyResourceError(f"another task is already using this fd to {direction}")
+
+    def siblings_of(self, fd: int) -> set[Operation]:
+        """The operations on an fd."""
+        return self._by_fd.setdefault(fd, set())
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many operations may be in flight at once."""
+        return self._config.max_in_flight
+
+    # Jobs
+
+    @property
+    def max_direct(self) -> int:
+        """How many direct descriptors there can be at once."""
+        return _max_direct() if self._places is None else self._places.size
+
+    def has_places(self, n: int) -> bool:
+        """Are so many places for direct descriptors free?"""
+        return self._places is None or self._places.are_free(n)
+
+    async def borrow_places(self, n: int) -> list[int]:
+        """Free places for direct descriptors; waits until there are enough."""
+        if self._places is None:
+            self._places = _Places(self.ring)
+        return await self._places.take(n)
+
+    def return_places(self, places: list[int]) -> None:
+        """They are free again. What is still open in one of them is closed."""
+        if get_ident() != self._owner:  # the run is torn down by somebody else: the end of the ring closes them
+            return
+        assert self._places is not None
+        self.ring.clear_files(places)
+        if not self._closed:
+            self._places.put_back(places)
+
+    @enable_ki_protection
+    @types.coroutine
+    def run_job(self, job: Job, entries: Any) -> Generator[Any, Any, None]:
+        """Runs a job to its end, or to that of its task.
+
+        Args:
+            job: it has what it needs; nothing is staged.
+            entries: its SQEs, in cffi memory.
+
+        Raises:
+            trio.Cancelled: in a cancelled scope; nothing was submitted.
+        """
+        job.task = task = current_task()
+        job.since = self._now or self._look_at_the_clock()
+        self._slots[job.index] = job
+        try:
+            self.ring.set_job(job.index, job.struct)
+            job.number = self.ring.stage_job(entries, job.size, job.begin())
+        except BaseException:
+            job.not_staged()
+            raise
+        for siblings in job.siblings:
+            siblings.add(job)
+        try:
+            res = yield job.trap
+        except BaseException:
+            if job.task is task:
+                job.abandon()
+            raise
+        if type(res) is not int:
+            try:
+                res.unwrap()
+            finally:
+                del res  # a traceback keeps this frame
+
+    # Multishot operations
+
+    @enable_ki_protection
+    async def open_shots(self, kind: Kind[Any], fd: int, receiver: Receiver) -> Shots:
+        """A multishot operation, not yet armed.
+
+        Raises:
+            trio.BusyResourceError: another task uses this direction of the fd.
+            trio.ClosedResourceError: the fd was closed meanwhile.
+        """
+        task = current_task()
+        (borrowed,) = await self.borrow(1, task, (fd,))
+        if kind.direction is not None and fd >= 0:
+            try:
+                self.check_not_busy(kind.direction, fd)
+            except trio.BusyResourceError:
+                self.give_back((borrowed,))
+                raise
+        shots = Shots(self, borrowed, kind, fd, receiver)
+        shots.task = task
+        shots.since = self._now or self._look_at_the_clock()
+        shots.siblings = self.siblings_of(fd)
+        shots.siblings.add(shots)
+        self._slots[shots.index] = shots
+        return shots
+
+    def close_shots(self, shots: Shots) -> None:
+        """It has ended, for good."""
+        shots.siblings.discard(shots)
+        shots.borrowed.token = shots.token
+        self._slots[shots.index] = shots.borrowed
+        self.give_back((shots.borrowed,))
+
+    def register_buffer(self, address: int, size: int) -> int:
+        """Returns the index of a fixed buffer.
+
+        Raises:
+            OSError: there are too many; or the kernel refuses it, for lack of memory that may be locked, say.
+        """
+        if not self._buffers_registered:
+            self.ring.register_buffers(MAX_FIXED_BUFFERS)
+            self._buffers_registered = True
+            self._free_buffers = list(range(MAX_FIXED_BUFFERS))
+        if not self._free_buffers:
+            raise OSError(errno.ENOBUFS, f"at most {MAX_FIXED_BUFFERS} buffers can be registered in a run")
+        index = self._free_buffers.pop()
+        try:
+            self.ring.update_buffer(index, address, size)
+        except BaseException as exc:
+            self._free_buffers.append(index)
+            if isinstance(exc, OSError) and exc.errno == errno.ENOMEM:
+                raise locked_memory_error(f"to register a buffer of {size} bytes") from None
+            raise
+        return index
+
+    def unregister_buffer(self, index: int) -> None:
+        """Operations that are under way keep it. Those that are staged get it first: the index may be another's soon.
+
+        Raises:
+            RuntimeError: not in the run's own thread.
+        """
+        if self._closed:
+            return
+        if _this_thread.manager is not self:
+            raise RuntimeError("a buffer is unregistered by the run it is registered with")
+        if self.ring.staged:
+            self.own_ring()
+            self.ring.flush()
+        self.ring.update_buffer(index, 0, 0)
+        self._free_buffers.append(index)
+
+    def new_buffer_group(self) -> int:
+        """A number for a ring of provided buffers."""
+        return self._free_groups.pop() if self._free_groups else next(self._buffer_groups)
+
+    def close_buffers(self, buffers: BufferRing) -> None:
+        """No receive uses them any more."""
+        if not self._closed:
+            buffers.close()
+            self._free_groups.append(buffers.group)
 
     # Guest mode
 
@@ -570,7 +965,7 @@ class UringIOManager:
 
     def _drain(self) -> None:
         try:
-            for operation in self._in_kernel():
+            for operation in self._operations():
                 operation.abandon()
             self.process_events([*self._unprocessed, *self.ring.rescued])
             deadline = monotonic() + DRAIN_SECONDS
@@ -595,7 +990,11 @@ class _NoManager:
     def expect_cancel_by_fd(self, fd: int) -> None:
         """Nothing is in flight."""
 
-    def perform(self, kind: Kind, *args: object, **kwargs: object) -> NoReturn:
+    def require(self, kind: Kind[Any]) -> NoReturn:
+        """As `perform`."""
+        self.perform(kind)
+
+    def perform(self, kind: Kind[Any], *args: object, **kwargs: object) -> NoReturn:
         current_task()  # outside of any run: trio's own error
         raise UnavailableError(
             errno.EOPNOTSUPP,

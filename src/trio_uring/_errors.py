@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 from typing import Final
 
@@ -33,12 +34,47 @@ class RingError(RuntimeError):
     """
 
 
+class ChainBrokenError(OSError):
+    """A step of a chain was not done, because one before it failed or came short. Its errno is ECANCELED.
+
+    Also stands for an fd that a step of such a chain had opened: it was closed.
+
+    Attributes:
+        step: which step broke the chain: its position in the batch.
+    """
+
+    def __init__(self, step: int, name: str) -> None:
+        super().__init__(errno.ECANCELED, f"the chain was broken by step {step} ({name})")
+        self.step = step
+
+
 def os_error(res: int, filename: object = None) -> OSError:
-    """The exception for a negative result, as the standard library would build it."""
+    """The exception for a negative result, as the standard library would build it; a tuple is two file names."""
     code = -res
     if filename is None:
         return OSError(code, os.strerror(code))
+    if isinstance(filename, tuple):
+        return OSError(code, os.strerror(code), filename[0], None, filename[1])
     return OSError(code, os.strerror(code), filename)
+
+
+def locked_memory_error(purpose: str) -> OSError:
+    """The ENOMEM for memory that cannot be locked."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return OSError(
+        errno.ENOMEM,
+        f"the kernel has no memory {purpose}; that counts against the limit of locked memory, "
+        f"{'unlimited' if limit == resource.RLIM_INFINITY else f'{limit} bytes'} "
+        "for all processes of the user together: raise it (ulimit -l, RLIMIT_MEMLOCK)",
+    )
+
+
+def unsupported(name: str, opcode: str, since: str) -> UnsupportedOperation:
+    """The UnsupportedOperation for an operation that came with kernel ``since``."""
+    return UnsupportedOperation(
+        errno.EOPNOTSUPP,
+        f"this kernel lacks {name} (IORING_OP_{opcode}); Linux {since} brought it, this is {os.uname().release}",
+    )
 
 
 def _io_uring_disabled() -> int:

@@ -24,27 +24,41 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from . import _native
-from ._abi import Feature, Opcode, Setup
+from ._abi import CQE_BUFFER_SHIFT, CQE_F_BUF_MORE, PBUF_RING_INC, Feature, Opcode, Setup
 from ._errors import RingError, UnavailableError, unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
 ffi: Final = _native.ffi
 lib: Final = _native.lib
 
 # opcode|flags|ioprio, fd, off, addr, len, op flags, user_data; what follows is zero unless `extra` is given
 _fill: Final = struct.Struct("<IiqQIIQ24x").pack_into
-_SQE_EXTRA_AT: Final = 40
-_SQE_EXTRA: Final = struct.Struct("<HHiQQ")  # buf_index, personality, file_index, addr3, pad
-_SQE_SIZE: Final = 64
-_ADDR_AT: Final = 2  # the addr field, in units of 8 bytes
+pack_sqe: Final = struct.Struct("<IiqQII").pack_into  # all but user_data, in memory that is zero
+SQE_EXTRA_AT: Final = 40
+pack_sqe_extra: Final = struct.Struct("<HHiQ8x").pack_into  # buf_index, personality, file_index, addr3
+SQE_SIZE: Final = 64
+_INT: Final = struct.Struct("<i")
+pack_file_index: Final = _INT.pack_into
+SQE_FILE_INDEX_AT: Final = 44
+_FIELDS: Final = {
+    "fd": (_INT, 4),
+    "off": (struct.Struct("<q"), 8),
+    "length": (_INT, 24),
+    "file_index": (_INT, SQE_FILE_INDEX_AT),
+}
+SQE_ADDR_AT: Final = 2  # the addr field, in units of 8 bytes
+
+_fill_buffer: Final = struct.Struct("<QIH").pack_into  # not the last field: in the first entry it is the ring's tail
+_BUFFER_SIZE: Final = 16
 
 _NEUTRALISED: Final = lib.TU_NEUTRALISED
 _tick: Final = lib.tu_tick
@@ -141,7 +155,42 @@ def mode_from_environment() -> str | None:
     return check_mode(mode.lower(), "the environment variable TRIO_URING") if mode else None
 
 
-class SubmissionQueue:
+class SQEs:
+    """Memory for submission queue entries."""
+
+    __slots__ = ("_bytes", "_capacity", "_memory", "_pointers")
+
+    def __init__(self, capacity: int) -> None:
+        self._allocate(capacity)
+
+    def _allocate(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._memory = ffi.new("char[]", SQE_SIZE * capacity)
+        self._bytes = memoryview(ffi.buffer(self._memory)).cast("B")
+        self._pointers = ffi.cast("void **", self._memory)
+
+    @property
+    def memory(self) -> Any:
+        """The entries, for C."""
+        return self._memory
+
+    def views(self) -> tuple[memoryview, Any]:
+        """The same memory in bytes, for `pack_sqe`, and in pointers."""
+        return self._bytes, self._pointers
+
+    def set_field(self, index: int, field: Literal["fd", "off", "length", "file_index"], value: int) -> None:
+        """Changes a field of an entry."""
+        form, at = _FIELDS[field]
+        form.pack_into(self._bytes, (index << 6) + at, value)
+
+
+def does_not_fit(exc: struct.error, values: Iterable[object]) -> OverflowError | TypeError:
+    """The error for values that cannot be put into an entry."""
+    error = OverflowError if all(isinstance(value, int) for value in values) else TypeError
+    return error(f"an argument does not fit the submission queue entry: {exc}")
+
+
+class SubmissionQueue(SQEs):
     """SQEs staged in memory of ours, numbered from 0 in the order in which they are staged.
 
     ``base`` is the number of the first entry the kernel has not been given, ``tail`` the number of the next to be
@@ -149,19 +198,13 @@ class SubmissionQueue:
     this part.
     """
 
-    __slots__ = ("_bytes", "_capacity", "_memory", "_pointers", "base", "rescued", "tail")
+    __slots__ = ("base", "rescued", "tail")
 
     def __init__(self, capacity: int = 512) -> None:
+        super().__init__(capacity)
         self.base = 0
         self.tail = 0
         self.rescued: list[int] = []
-        self._allocate(capacity)
-
-    def _allocate(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._memory = ffi.new("char[]", _SQE_SIZE * capacity)
-        self._bytes = memoryview(ffi.buffer(self._memory)).cast("B")
-        self._pointers = ffi.cast("void **", self._memory)
 
     def stage(
         self,
@@ -197,17 +240,30 @@ class SubmissionQueue:
         try:
             _fill(self._bytes, index << 6, head, fd, off, addr, length, op_flags, user_data)
             if extra is not None:
-                _SQE_EXTRA.pack_into(self._bytes, (index << 6) + _SQE_EXTRA_AT, *extra, 0)
+                pack_sqe_extra(self._bytes, (index << 6) + SQE_EXTRA_AT, *extra)
             if pin is not None:
-                self._pointers[(index << 3) + _ADDR_AT] = pin
+                self._pointers[(index << 3) + SQE_ADDR_AT] = pin
         except struct.error as exc:
             self.neutralise(number)
-            values = (head, fd, off, addr, length, op_flags, user_data, *(extra or ()))
-            error = OverflowError if all(isinstance(value, int) for value in values) else TypeError
-            raise error(f"an argument does not fit the submission queue entry: {exc}") from None
+            pin = None  # a traceback keeps this frame
+            raise does_not_fit(exc, (head, fd, off, addr, length, op_flags, user_data, *(extra or ()))) from None
         except BaseException:
             self.neutralise(number)
             raise
+        return number
+
+    def stage_job(self, entries: Any, n: int, token: int) -> int:
+        """Stages ``n`` filled SQEs with user_data ``token | position << 20``; returns the first one's number.
+
+        Args:
+            entries: cffi memory with the SQEs. It is copied.
+            n, token: see `Job`.
+        """
+        while self.tail - self.base + n > self._capacity:
+            self._grow()
+        number = self.tail
+        self.tail = number + n
+        lib.tu_stage_job(self._memory + SQE_SIZE * (number - self.base), entries, n, token)
         return number
 
     def is_staged(self, number: int) -> bool:
@@ -227,7 +283,7 @@ class SubmissionQueue:
         return self.tail - self.base
 
     def _grow(self) -> None:
-        old, used = self._memory, _SQE_SIZE * self._capacity
+        old, used = self._memory, SQE_SIZE * self._capacity
         self._allocate(2 * self._capacity)
         ffi.memmove(self._memory, old, used)
 
@@ -235,7 +291,7 @@ class SubmissionQueue:
         """The first ``n`` staged entries are with the kernel."""
         self.base += n
         if self.staged:
-            ffi.memmove(self._memory, self._memory + _SQE_SIZE * n, _SQE_SIZE * self.staged)
+            ffi.memmove(self._memory, self._memory + SQE_SIZE * n, SQE_SIZE * self.staged)
 
 
 class Ring(SubmissionQueue):
@@ -352,6 +408,37 @@ class Ring(SubmissionQueue):
         """
         self._check(lib.tu_register_eventfd(self._live(), fd))
 
+    def set_job(self, slot: int, job: Any) -> None:
+        """From now on the CQEs of a job are counted off in ``job``, a ``struct tu_job *``; NULL ends that.
+
+        A CQE with the job's token tells of its end; one with a position in it and F_MORE of one of its requests.
+        """
+        self._check(lib.tu_set_job(self._live(), slot, job))
+
+    def register_files(self, n: int) -> None:
+        """Makes a table of ``n`` places for direct descriptors. Once in a ring's life."""
+        self._check(lib.tu_register_files(self._live(), n))
+
+    def clear_files(self, places: Sequence[int]) -> None:
+        """Closes the direct descriptors in these places, if there are any. Places in a row take one system call."""
+        self._check(lib.tu_clear_files(self._live(), places, len(places)))
+
+    def register_buffers(self, n: int) -> None:
+        """Makes a table of ``n`` places for fixed buffers. Once in a ring's life."""
+        self._check(lib.tu_register_buffers(self._live(), n))
+
+    def update_buffer(self, index: int, address: int, size: int) -> None:
+        """Puts a fixed buffer into its place; size 0 takes it out. What is in flight keeps its hold of the pages."""
+        self._check(lib.tu_update_buffer(self._live(), index, ffi.cast("void *", address), size))
+
+    def register_buffer_ring(self, entries: Any, n: int, group: int, flags: int) -> None:
+        """Tells the kernel of a ring of provided buffers; see `BufferRing`."""
+        self._check(lib.tu_register_buffer_ring(self._live(), entries, n, group, flags))
+
+    def unregister_buffer_ring(self, group: int) -> None:
+        """Ends that."""
+        self._check(lib.tu_unregister_buffer_ring(self._live(), group))
+
     @property
     def fd(self) -> int:
         """The ring's file descriptor."""
@@ -386,7 +473,7 @@ class Ring(SubmissionQueue):
             "enters": ring.enters,
             "submits": ring.submits,
             "sqes": ring.sqes,
-            "cqes": ring.cqes_seen,
+            "cqes": ring.cqes_seen + ring.cqes_in_jobs,
             "overflows": ring.overflows,
             "stalls": ring.stalls,
         }
@@ -435,6 +522,77 @@ class Ring(SubmissionQueue):
         if res == -errno.EBADFD:
             raise RingError("this ring is not enabled yet")
         raise OSError(-res, f"io_uring: {os.strerror(-res)}")
+
+
+class BufferRing:
+    """Buffers the kernel takes from when data is there, instead of one for each receive that waits.
+
+    The kernel tells which buffer it has filled by number; `take` is that data. A buffer goes back with `give_back`.
+    With incremental consumption one buffer serves several receives, until it is full.
+
+    Args:
+        ring: the ring whose receives use it, or a simulated one.
+        count: how many buffers, a power of two up to 32768.
+        size: bytes of each.
+        group: its number, which receives name.
+        incremental: whether to ask for incremental consumption.
+
+    Attributes:
+        incremental: whether the kernel has it.
+        out: how many buffers are ours at the moment.
+    """
+
+    def __init__(self, ring: Any, count: int, size: int, group: int, *, incremental: bool = False) -> None:
+        self.count = count
+        self.size = size
+        self.group = group
+        self.out = count
+        self._ring = ring
+        self._entries = mmap.mmap(-1, max(count * ffi.sizeof("struct tu_buffer"), mmap.PAGESIZE))
+        self._memory = mmap.mmap(-1, count * size)
+        self._entries_pin = ffi.from_buffer("struct tu_buffer[]", self._entries)
+        self._memory_pin = ffi.from_buffer(self._memory)
+        self._address = int(ffi.cast("uintptr_t", self._memory_pin))
+        self._tail = 0
+        self._used = [0] * count
+        self.view = memoryview(self._memory)
+        try:
+            ring.register_buffer_ring(self._entries_pin, count, group, PBUF_RING_INC if incremental else 0)
+        except OSError:
+            if not incremental:
+                raise
+            incremental = False
+            ring.register_buffer_ring(self._entries_pin, count, group, 0)
+        self.incremental = incremental
+        self.give_back(range(count))
+
+    def take(self, flags: int, length: int) -> tuple[int, int, bool]:
+        """What a CQE with ``flags`` has received: ``(buffer, start, whether the buffer is ours now)``.
+
+        The data is ``view[start : start + length]``.
+        """
+        buffer = flags >> CQE_BUFFER_SHIFT
+        start = buffer * self.size + self._used[buffer]
+        if flags & CQE_F_BUF_MORE:
+            self._used[buffer] += length
+            return buffer, start, False
+        self._used[buffer] = 0
+        self.out += 1
+        return buffer, start, True
+
+    def give_back(self, buffers: Collection[int]) -> None:
+        """The kernel may use them again."""
+        mask = self.count - 1
+        for tail, buffer in enumerate(buffers, self._tail):
+            at = (tail & mask) * _BUFFER_SIZE
+            _fill_buffer(self._entries, at, self._address + buffer * self.size, self.size, buffer)
+        lib.tu_provide(self._entries_pin, len(buffers))
+        self._tail += len(buffers)
+        self.out -= len(buffers)
+
+    def close(self) -> None:
+        """Takes it from the kernel. No receive may be using it any more. The memory goes with the last view of it."""
+        self._ring.unregister_buffer_ring(self.group)
 
 
 def _probe(ring: Any) -> frozenset[int]:

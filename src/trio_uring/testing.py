@@ -20,10 +20,10 @@ import os
 import random
 import struct
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from ._abi import CQE_F_MORE, CQE_F_NOTIF, Opcode
+from ._abi import CQE_F_MORE, CQE_F_NOTIF, SQE_IO_HARDLINK, SQE_IO_LINK, Opcode
 from ._errors import RingError
 from ._ring import INTERRUPTION, RingConfig, SubmissionQueue, ffi, lib
 
@@ -41,6 +41,8 @@ _FIRST_FD: Final = 1_000_000  # no real fd has such a number: a real close of on
 _NOTIFICATIONS: Final = (0, -(1 << 31))  # their ``res`` is a flag word: all data sent from the buffer; some copied
 
 _READS: Final = frozenset({Opcode.READ, Opcode.RECV})
+_LINKS: Final = SQE_IO_LINK | SQE_IO_HARDLINK
+_SHORT_IS_A_FAILURE: Final = frozenset({Opcode.READ, Opcode.WRITE})  # to a chain
 _TRANSFERS: Final = _READS | {Opcode.WRITE, Opcode.SEND, Opcode.SEND_ZC}
 _MAKES_FD: Final = frozenset({Opcode.OPENAT, Opcode.OPENAT2, Opcode.ACCEPT, Opcode.SOCKET})
 _MAY_FAIL: Final = (
@@ -78,6 +80,7 @@ class _Request:
     delay: int  # ticks to its next CQE
     ending: int | None = None  # its result, if that is decided already
     only_notification_left: bool = False
+    steps: list[Entry] = field(default_factory=list)  # those behind it in its chain
 
 
 class SimulatedRing(SubmissionQueue):
@@ -87,7 +90,8 @@ class SimulatedRing(SubmissionQueue):
     zero-copy send with a result and a later notification, an error included; take only part of the staged entries;
     end a wait for nothing; overflow the completion queue. A cancel is answered with 0, -EALREADY or -ENOENT,
     before or after the operation's own CQE, and after 0 and -EALREADY the operation ends with -ECANCELED,
-    -EINTR, -512 or its own result. A cancel of what has a CQE already finds nothing: -ENOENT.
+    -EINTR, -512 or its own result. A cancel of what has a CQE already finds nothing: -ENOENT; nor does one of a step of
+    a chain that has not begun, which may be some time after the CQE of the step before.
 
     What it does not do: I/O, waiting (time does not pass here), ownership by a thread, operations that
     are not in ``supported``. The only memory it touches is the buffer of a read, just before the last CQE.
@@ -122,6 +126,8 @@ class SimulatedRing(SubmissionQueue):
         self._rarity = rarity
         self._faults = tuple(faults)
         self._requests: list[_Request] = []
+        self._next_steps: list[list[Entry]] = []  # of chains, that begin with the next tick
+        self._jobs: dict[int, Any] = {}
         self._cq: deque[tuple[Entry, int, int]] = deque()
         self._fds = itertools.count(_FIRST_FD)
         self._eventfd: int | None = None
@@ -137,7 +143,8 @@ class SimulatedRing(SubmissionQueue):
     def tick(self, timeout: float) -> list[int]:
         """Takes staged entries, posts what is due, and returns CQEs in the form of `Ring.tick`.
 
-        With a ``timeout`` it returns something if anything is in flight. A wait that nothing can end is over at once.
+        With a ``timeout`` it returns something if anything is in flight that is not part of a job. A wait that nothing can
+        end is over at once.
         """
         self._check_usable()
         self._counters["enters"] += 1
@@ -147,9 +154,10 @@ class SimulatedRing(SubmissionQueue):
         self._take(taken)
         self._advance()
         interrupted = interrupted or (timeout > 0 and self._rarely())
-        while timeout > 0 and not interrupted and not self._cq and self._requests:
-            self._advance()
         events = self._reap()
+        while timeout > 0 and not interrupted and not events and (self._cq or self._requests or self._next_steps):
+            self._advance()
+            events = self._reap()
         return events or [INTERRUPTION, 0, 0] if interrupted else events
 
     def flush(self) -> None:
@@ -168,6 +176,26 @@ class SimulatedRing(SubmissionQueue):
         """Signals ``fd``, a real eventfd, at every CQE."""
         self._check_usable()
         self._eventfd = fd
+
+    def set_job(self, slot: int, job: Any) -> None:
+        """As `Ring.set_job`."""
+        self._check_usable()
+        if job == ffi.NULL:
+            self._jobs.pop(slot, None)
+        else:
+            self._jobs[slot] = job
+
+    def register_files(self, n: int) -> None:
+        """Does nothing."""
+
+    def clear_files(self, places: Sequence[int]) -> None:
+        """Does nothing."""
+
+    def register_buffers(self, n: int) -> None:
+        """Does nothing."""
+
+    def update_buffer(self, index: int, address: int, size: int) -> None:
+        """Does nothing."""
 
     @property
     def forked(self) -> bool:
@@ -199,7 +227,8 @@ class SimulatedRing(SubmissionQueue):
     def in_flight(self) -> tuple[Entry, ...]:
         """The entries that were taken and whose last CQE has not been handed out."""
         posted = (entry for entry, _, flags in self._cq if not flags & CQE_F_MORE)
-        return (*(request.entry for request in self._requests), *posted)
+        steps = (entry for request in self._requests for entry in request.steps)
+        return (*(request.entry for request in self._requests), *steps, *itertools.chain(*self._next_steps), *posted)
 
     def close_fd(self, fd: int) -> None:
         """Closes one of ``open_fds``.
@@ -233,17 +262,27 @@ class SimulatedRing(SubmissionQueue):
         return tuple(entry for entry in entries if entry.opcode != lib.TU_NEUTRALISED)
 
     def _take(self, n: int) -> None:
+        while 0 < n < self.staged and self._bytes[(n - 1) * _SQE.size + 1] & _LINKS:  # a chain is taken as a whole
+            n += 1
         entries = self._decode(n)
         self._consumed(n)
         self._counters["submits"] += bool(entries)
+        self._counters["sqes"] += len(entries)
+        chain: list[Entry] = []
         for entry in entries:
-            self._counters["sqes"] += 1
-            ending = None
-            if entry.opcode not in self.supported:
-                ending = -errno.EINVAL
-            elif entry.opcode == Opcode.ASYNC_CANCEL:
-                ending = self._cancel(entry)
-            self._requests.append(_Request(entry, self._delay(), ending))
+            chain.append(entry)
+            if not entry.flags & _LINKS:
+                self._begin(chain)
+                chain = []
+
+    def _begin(self, chain: list[Entry]) -> None:
+        entry, *steps = chain
+        ending = None
+        if entry.opcode not in self.supported:
+            ending = -errno.EINVAL
+        elif entry.opcode == Opcode.ASYNC_CANCEL:
+            ending = self._cancel(entry)
+        self._requests.append(_Request(entry, self._delay(), ending, steps=steps))
 
     def _cancel(self, cancel: Entry) -> int:
         """Decides what becomes of the operation that is to be cancelled; the result of the cancel itself."""
@@ -262,6 +301,9 @@ class SimulatedRing(SubmissionQueue):
 
     def _advance(self) -> None:
         """One tick passes: whatever is due gets its CQE, in any order."""
+        steps, self._next_steps = self._next_steps, []
+        for chain in steps:
+            self._begin(chain)
         due = [request for request in self._requests if request.delay == 0]
         for request in self._requests:
             request.delay -= 1
@@ -277,6 +319,7 @@ class SimulatedRing(SubmissionQueue):
         res = self._own_result(entry) if request.ending is None else request.ending
         if entry.opcode in _READS and res > 0:
             ffi.memmove(ffi.cast("char *", entry.addr), bytes([PATTERN]) * res, res)
+        self._go_on_with_chain(request, res)
         if entry.opcode == Opcode.SEND_ZC and (res >= 0 or self._one_of((False, True))):
             self._post(entry, res, CQE_F_MORE)
             request.only_notification_left = True
@@ -286,6 +329,20 @@ class SimulatedRing(SubmissionQueue):
         else:
             self._requests.remove(request)
             self._post(entry, res, 0)
+
+    def _go_on_with_chain(self, request: _Request, res: int) -> None:
+        steps, request.steps = request.steps, []
+        if not steps:
+            return
+        entry = request.entry
+        failed = res < 0 or (res < entry.length and entry.opcode in _SHORT_IS_A_FAILURE)
+        if failed and not entry.flags & SQE_IO_HARDLINK:
+            for step in steps:
+                self._post(step, -errno.ECANCELED, 0)
+        elif self._one_of((False, True)):
+            self._next_steps.append(steps)
+        else:
+            self._begin(steps)
 
     def _own_result(self, entry: Entry) -> int:
         """What the operation ends with if no cancel decides."""
@@ -316,10 +373,27 @@ class SimulatedRing(SubmissionQueue):
             os.eventfd_write(self._eventfd, 1)
 
     def _reap(self) -> list[int]:
-        """As many CQEs as the completion queue holds; the rest waits."""
+        """As many CQEs as the completion queue holds; the rest waits. Those of jobs are counted off."""
         events: list[int] = []
         for _ in range(min(len(self._cq), self.config.effective_cq_entries)):
             entry, res, flags = self._cq.popleft()
             self._counters["cqes"] += 1
-            events += (entry.user_data, res, flags)
+            job = self._job_of(entry.user_data)
+            events += (entry.user_data, res, flags) if job is None else self._count_off(job, entry.user_data, res, flags)
         return events
+
+    def _job_of(self, user_data: int) -> Any:
+        job = self._jobs.get(user_data & lib.TU_SLOT) if user_data & lib.TU_JOB else None
+        if job is None or user_data & ~lib.TU_JOB_POSITION != job.token or not job.left:
+            return None
+        return job if (user_data & lib.TU_JOB_POSITION) // (lib.TU_SLOT + 1) < job.size else None
+
+    def _count_off(self, job: Any, user_data: int, res: int, flags: int) -> tuple[int, ...]:
+        """What of it is to be seen."""
+        last = not flags & CQE_F_MORE
+        if not flags & CQE_F_NOTIF:
+            job.results[(user_data & lib.TU_JOB_POSITION) // (lib.TU_SLOT + 1)] = res
+        job.left -= last
+        if last and not job.left:
+            return job.token, job.size, 0
+        return (user_data, res, CQE_F_MORE) if last and job.each else ()

@@ -22,7 +22,7 @@ from tests.helpers import (
     run_native,
     spin_until,
 )
-from trio_uring import RingConfig, _ops, lowlevel, statistics
+from trio_uring import RingConfig, _file_ops, lowlevel, statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -202,7 +202,7 @@ def _most_workers(bench: Bench, config: RingConfig, of_others: Collection[str]) 
         return most
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ops, "OPENAT", in_kernel_worker(_ops.OPENAT))
+        patch.setattr(_file_ops, "OPENAT", in_kernel_worker(_file_ops.OPENAT))
         return run_native(main, config=config)
 
 

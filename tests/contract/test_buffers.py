@@ -31,6 +31,7 @@ WRITERS: dict[str, Callable[[Any, Any], Awaitable[int]]] = {
     "writev": lambda fd, data: lowlevel.writev(fd, [b"x", data]),
     "send": lowlevel.send,
     "sendmsg": lambda fd, data: lowlevel.sendmsg(fd, [b"x", data]),
+    "sendto": lambda fd, data: lowlevel.sendto(fd, data, None),
 }
 
 
@@ -104,6 +105,90 @@ async def test_a_buffer_is_free_after_an_error(bench: Bench) -> None:
     assert _resizable(buffer)
 
 
+class Nonsense:
+    """What an argument should not be: it fails when it is looked at."""
+
+    def fileno(self) -> int:
+        raise ValueError("no fd")
+
+
+NONSENSE: Any = Nonsense()
+
+# Calls that fail before anything is submitted.
+MISTAKES: dict[str, Callable[[Any], Awaitable[object]]] = {
+    "read fd": lambda buffer: lowlevel.read(NONSENSE, buffer),
+    "read offset": lambda buffer: lowlevel.read(0, buffer, 1 << 70),
+    "write fd": lambda buffer: lowlevel.write(NONSENSE, buffer),
+    "readv fd": lambda buffer: lowlevel.readv(NONSENSE, [buffer]),
+    "readv offset": lambda buffer: lowlevel.readv(0, [buffer], 1 << 70),
+    "readv buffer": lambda buffer: lowlevel.readv(0, [buffer, b"read-only"]),
+    "writev fd": lambda buffer: lowlevel.writev(NONSENSE, [buffer]),
+    "writev buffer": lambda buffer: lowlevel.writev(0, [buffer, NONSENSE]),
+    "send fd": lambda buffer: lowlevel.send(NONSENSE, buffer),
+    "recv fd": lambda buffer: lowlevel.recv(NONSENSE, buffer),
+    "recv flags": lambda buffer: lowlevel.recv(0, buffer, 1 << 40),
+    "sendto fd": lambda buffer: lowlevel.sendto(NONSENSE, buffer, "x"),
+    "sendto address": lambda buffer: lowlevel.sendto(0, buffer, NONSENSE),
+    "sendmsg fd": lambda buffer: lowlevel.sendmsg(NONSENSE, [buffer]),
+    "sendmsg buffer": lambda buffer: lowlevel.sendmsg(0, [buffer, NONSENSE]),
+    "sendmsg ancillary data": lambda buffer: lowlevel.sendmsg(0, [buffer], [NONSENSE]),
+    "sendmsg address": lambda buffer: lowlevel.sendmsg(0, [buffer], address=NONSENSE),
+    "madvise advice": lambda buffer: lowlevel.madvise(buffer, -1),
+    "setxattr path": lambda buffer: lowlevel.setxattr(NONSENSE, "user.x", buffer),
+    "setxattr name": lambda buffer: lowlevel.setxattr("x", "\0", buffer),
+    "setxattr flags": lambda buffer: lowlevel.setxattr("x", "user.x", buffer, -1),
+    "fsetxattr fd": lambda buffer: lowlevel.fsetxattr(NONSENSE, "user.x", buffer),
+    "setsockopt fd": lambda buffer: lowlevel.setsockopt(NONSENSE, 1, 1, buffer),
+    "futex_wait size": lambda buffer: lowlevel.futex_wait(buffer, 0),
+    "futex_wait value": lambda buffer: lowlevel.futex_wait(buffer, -1),
+    "futex_wait mask": lambda buffer: lowlevel.futex_wait(buffer, 0, -1),
+    "futex_wake flags": lambda buffer: lowlevel.futex_wake(buffer, 0, flags=-1),
+    "futex_waitv size": lambda buffer: lowlevel.futex_waitv([(bytearray(4), 0), (buffer, 0)]),
+    "futex_waitv value": lambda buffer: lowlevel.futex_waitv([(buffer, 0), (bytearray(4), -1)]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+async def test_a_mistake_in_hand_does_not_hold_the_buffer(mistake: str) -> None:
+    buffer = bytearray(5)
+    with pytest.raises((ValueError, TypeError, OverflowError, BufferError)):
+        await MISTAKES[mistake](buffer)
+    assert _resizable(buffer)
+    with pytest.raises((ValueError, TypeError, OverflowError, BufferError)) as raised:
+        await MISTAKES[mistake](buffer)
+    assert raised.value.__traceback__ is not None
+    assert _resizable(buffer)
+
+
+@pytest.mark.parametrize(
+    "name", ["setxattr", "fsetxattr", "madvise", "futex_wait", "futex_wake", "futex_waitv", "sendto"]
+)
+async def test_a_buffer_is_held_once_it_is_staged(bench: Bench, name: str) -> None:
+    """What the kernel reads later is not copied. It is free when the operation is taken back."""
+    buffer = bytearray(4)
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "setxattr": lambda: lowlevel.setxattr(bench.path(), "user.x", buffer),
+        "fsetxattr": lambda: lowlevel.fsetxattr(bench.file(), "user.x", buffer),
+        "madvise": lambda: lowlevel.madvise(buffer, 0),
+        "futex_wait": lambda: lowlevel.futex_wait(buffer, 0),
+        "futex_wake": lambda: lowlevel.futex_wake(buffer, 1),
+        "futex_waitv": lambda: lowlevel.futex_waitv([(buffer, 0)]),
+        "sendto": lambda: lowlevel.sendto(bench.sockets()[0], buffer, None),
+    }
+    held = []
+
+    def look_and_cancel() -> None:
+        held.append(not _resizable(buffer))
+        attempt.scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        attempt = Attempt(nursery, calls[name], once_parked=look_and_cancel)
+        await attempt.settled()
+    assert attempt.cancelled
+    assert held == [True]
+    assert _resizable(buffer)
+
+
 def _churn() -> None:
     """Overwrites memory that was freed too early."""
     for _ in range(3):
@@ -162,7 +247,7 @@ async def test_a_zero_copy_buffer_is_pinned_until_the_notification(bench: Bench)
     import socket
 
     a, b = bench.sockets(socket.AF_INET)
-    send_zc = lowlevel.Kind(
+    send_zc: lowlevel.Kind[int] = lowlevel.Kind(
         name="send_zc", opcode=Opcode.SEND_ZC, since="6.0", result="count", summary="", man="", direction="write"
     )
     for _ in range(20):

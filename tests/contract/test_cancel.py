@@ -13,7 +13,7 @@ import trio.testing
 
 from tests.contract.cases import BLOCKING, CASES
 from tests.helpers import Attempt, drain, give_way, in_kernel_worker, manager, nothing_submitted, parked, spin_until
-from trio_uring import _ops, lowlevel, statistics
+from trio_uring import _file_ops, lowlevel, statistics
 from trio_uring._cancel import Operation
 from trio_uring._errors import ERESTARTS
 
@@ -103,7 +103,7 @@ def results(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def fifo(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A FIFO, the opening of which blocks, as nobody has it open."""
-    monkeypatch.setattr(_ops, "OPENAT", in_kernel_worker(_ops.OPENAT))
+    monkeypatch.setattr(_file_ops, "OPENAT", in_kernel_worker(_file_ops.OPENAT))
     return bench.fifo()
 
 

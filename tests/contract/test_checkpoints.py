@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from tests.helpers import Bench
 
 
-def test_every_row_has_a_case() -> None:
-    assert CASES.keys() == lowlevel.TABLE.keys()
-
-
 @pytest.mark.parametrize("name", lowlevel.TABLE)
 async def test_success_is_a_checkpoint(bench: Bench, name: str) -> None:
     call = CASES[name].ready(bench)

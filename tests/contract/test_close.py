@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.contract.cases import BLOCKING, CASES
+from tests.contract.cases import BLOCKING_ON_FD, CASES
 from tests.helpers import Attempt, nothing_submitted, parked
 from trio_uring import lowlevel, statistics
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from tests.helpers import Bench
-
-WITH_FD = [name for name in BLOCKING if name != "timeout"]
 
 # What a task can be doing with a socket: each leaves an entry that names the fd.
 USES: dict[str, Callable[[int], Awaitable[object]]] = {
@@ -33,7 +31,7 @@ USES: dict[str, Callable[[int], Awaitable[object]]] = {
 }
 
 
-@pytest.mark.parametrize("name", WITH_FD)
+@pytest.mark.parametrize("name", BLOCKING_ON_FD)
 async def test_waiters_get_closed_resource_error(bench: Bench, name: str) -> None:
     blocked = CASES[name].blocked
     assert blocked is not None
@@ -45,6 +43,23 @@ async def test_waiters_get_closed_resource_error(bench: Bench, name: str) -> Non
         with pytest.raises(trio.ClosedResourceError):
             await attempt.result()
     assert statistics().in_flight == 0
+
+
+@pytest.mark.parametrize("name", ["splice", "tee"])
+async def test_the_other_fd_of_two(bench: Bench, name: str) -> None:
+    read_end, write_end = bench.pipe()
+    _, output = bench.pipe()
+    calls: dict[str, Callable[[], Awaitable[int]]] = {
+        "splice": lambda: lowlevel.splice(read_end, -1, output, -1, 9),
+        "tee": lambda: lowlevel.tee(read_end, output, 9),
+    }
+    async with trio.open_nursery() as nursery:
+        attempt = await parked(nursery, calls[name])
+        trio.lowlevel.notify_closing(read_end)
+        with pytest.raises(trio.ClosedResourceError):
+            await attempt.result()
+    os.write(write_end, b"hello")
+    assert os.read(read_end, 9) == b"hello"
 
 
 @pytest.mark.parametrize("wait", [trio.lowlevel.wait_readable, trio.lowlevel.wait_writable])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import signal
 import socket
-import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +12,13 @@ import pytest
 import trio
 import trio.testing
 
-from tests.helpers import Attempt, parked
+from tests.helpers import Attempt, interrupted_at_line, parked
 from trio_uring import lowlevel, statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType
 
     from tests.helpers import Bench, Mount
-
-OURS = "/trio_uring/"
 
 
 class BeforeSleep(trio.abc.Instrument):
@@ -96,39 +92,6 @@ def test_with_other_tasks(mount: Mount, bench: Bench) -> None:
     assert a.recv(9) == b"x"
 
 
-@pytest.fixture
-def tracing() -> Any:
-    """Restores the trace function (of a coverage tool, say)."""
-    before = sys.gettrace()
-    yield
-    sys.settrace(before)
-
-
-def _interrupt_at_line(n: int) -> Callable[[], int]:
-    """From now on the n-th line of ours that runs in this thread is interrupted. Returns how many lines there were."""
-    count = itertools.count(1)
-    seen = 0
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal seen
-        if OURS not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            seen = next(count)
-            if seen == n:
-                _interrupt()
-        return trace
-
-    sys.settrace(trace)
-
-    def stop() -> int:
-        sys.settrace(None)
-        return seen
-
-    return stop
-
-
-@pytest.mark.usefixtures("tracing")
 @pytest.mark.parametrize("data", [b"", b"hello"], ids=["blocked", "ready"])
 def test_at_every_line(mount: Mount, data: bytes) -> None:
     """Between the call and the park, at submission, at completion, at the pick-up: no operation and no byte is lost."""
@@ -155,13 +118,13 @@ def _run_interrupted_at(mount: Mount, n: int, sock: socket.socket) -> tuple[int,
 
     async def main() -> None:
         nonlocal lines, received
-        stop = _interrupt_at_line(n)
-        try:
-            received = await lowlevel.recv(sock, buffer)
-            await trio.lowlevel.checkpoint()
-        finally:
-            lines = stop()
-            assert statistics().in_flight == 0
+        with interrupted_at_line(n) as stop:
+            try:
+                received = await lowlevel.recv(sock, buffer)
+                await trio.lowlevel.checkpoint()
+            finally:
+                lines = stop()
+                assert statistics().in_flight == 0
 
     async def main_with_deadline() -> None:
         with trio.move_on_after(1):  # nobody interrupts it the last time

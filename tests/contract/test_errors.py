@@ -10,10 +10,9 @@ import pytest
 import trio
 import trio.testing
 
-from tests.contract.cases import CASES
-from tests.helpers import Attempt, manager, parked
-from trio_uring import UnsupportedOperation, lowlevel
-from trio_uring._abi import Opcode
+from tests import libc
+from tests.helpers import Attempt, nothing_submitted, parked
+from trio_uring import lowlevel
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -48,6 +47,7 @@ class Place:
         self.connected_udp = bench.new_socket(kind=socket.SOCK_DGRAM)
         self.connected_udp.connect(("127.0.0.1", 9))
         self.unix = bench.new_socket(socket.AF_UNIX)
+        self.unix_datagram = bench.new_socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.broken, peer = bench.sockets()
         peer.close()
         listener = bench.listener()
@@ -160,11 +160,96 @@ FAILURES: dict[str, tuple[Callable[[Place], Awaitable[object]], Callable[[Place]
     ),
     "recv unconnected": (lambda p: lowlevel.recv(p.tcp, bytearray(1)), lambda p: p.tcp.recv(1)),
     "recvmsg unconnected": (lambda p: lowlevel.recvmsg(p.tcp, 1), lambda p: p.tcp.recvmsg(1)),
+    "recvfrom unconnected": (lambda p: lowlevel.recvfrom(p.tcp, 1), lambda p: p.tcp.recvfrom(1)),
+    "recvfrom nothing": (lambda p: lowlevel.recvfrom(p.tcp, -1), lambda p: p.tcp.recvfrom(-1)),
+    "sendto a missing path": (
+        lambda p: lowlevel.sendto(p.unix_datagram, b"x", str(p.missing)),
+        lambda p: p.unix_datagram.sendto(b"x", str(p.missing)),
+    ),
+    "bind a foreign address": (
+        lambda p: lowlevel.bind(p.tcp, ("192.0.2.1", 0)),
+        lambda p: p.tcp.bind(("192.0.2.1", 0)),
+    ),
+    "bind an address in use": (
+        lambda p: lowlevel.bind(p.unix, str(p.path)),
+        lambda p: p.unix.bind(str(p.path)),
+    ),
+    "listen on UDP": (lambda p: lowlevel.listen(p.udp, 1), lambda p: p.udp.listen(1)),
+    "getsockopt of no option": (
+        lambda p: lowlevel.getsockopt(p.tcp, socket.IPPROTO_TCP, 9999),
+        lambda p: p.tcp.getsockopt(socket.IPPROTO_TCP, 9999),
+    ),
+    "setsockopt too short": (
+        lambda p: lowlevel.setsockopt(p.tcp, socket.IPPROTO_TCP, socket.TCP_NODELAY, b"x"),
+        lambda p: p.tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, b"x"),
+    ),
+    "rename missing": (
+        lambda p: lowlevel.renameat2(p.missing, p.path),
+        lambda p: os.rename(p.missing, p.path),
+    ),
+    "rename relative": (
+        lambda p: lowlevel.renameat2("missing", b"new", src_dir_fd=p.directory_fd, dst_dir_fd=p.directory_fd),
+        lambda p: os.rename("missing", b"new", src_dir_fd=p.directory_fd, dst_dir_fd=p.directory_fd),
+    ),
+    "rename relative to a closed fd": (
+        lambda p: lowlevel.renameat2(p.path, "new", dst_dir_fd=UNUSED_FD),
+        lambda p: os.rename(p.path, "new", dst_dir_fd=UNUSED_FD),
+    ),
+    "rename to a huge fd": (
+        lambda p: lowlevel.renameat2(p.path, "new", dst_dir_fd=1 << 32),
+        lambda p: os.rename(p.path, "new", dst_dir_fd=1 << 32),
+    ),
+    "rename a directory to a file": (
+        lambda p: lowlevel.renameat2(p.directory, p.path),
+        lambda p: os.rename(p.directory, p.path),
+    ),
+    "link what is there": (lambda p: lowlevel.linkat(p.path, p.link), lambda p: os.link(p.path, p.link)),
+    "link null": (lambda p: lowlevel.linkat(p.path, "a\0b"), lambda p: os.link(p.path, "a\0b")),
+    "symlink what is there": (lambda p: lowlevel.symlinkat("x", p.link), lambda p: os.symlink("x", p.link)),
+    "unlink missing": (lambda p: lowlevel.unlinkat(bytes(p.missing)), lambda p: os.unlink(bytes(p.missing))),
+    "unlink a directory": (lambda p: lowlevel.unlinkat(p.directory), lambda p: os.unlink(p.directory)),
+    "rmdir a full directory": (
+        lambda p: lowlevel.unlinkat(p.directory, libc.AT_REMOVEDIR),
+        lambda p: os.rmdir(p.directory),
+    ),
+    "mkdir what is there": (lambda p: lowlevel.mkdirat(p.directory), lambda p: os.mkdir(p.directory)),
+    "getxattr of none": (
+        lambda p: lowlevel.getxattr(p.path, "user.none"),
+        lambda p: os.getxattr(p.path, "user.none"),
+    ),
+    "fgetxattr of a closed fd": (
+        lambda p: lowlevel.fgetxattr(UNUSED_FD, "user.none"),
+        lambda p: os.getxattr(UNUSED_FD, "user.none"),
+    ),
+    "setxattr of nonsense": (
+        lambda p: lowlevel.setxattr(str(p.path), "nonsense", b"x"),
+        lambda p: os.setxattr(str(p.path), "nonsense", b"x"),
+    ),
+    "setxattr too large": (
+        lambda p: lowlevel.setxattr(p.path, "user.x", bytes(65537)),
+        lambda p: os.setxattr(p.path, "user.x", bytes(65537)),
+    ),
+    "ftruncate what is read-only": (
+        lambda p: lowlevel.ftruncate(p.read_only, 1),
+        lambda p: os.ftruncate(p.read_only, 1),
+    ),
+    "fallocate what is read-only": (
+        lambda p: lowlevel.fallocate(p.read_only, 0, 0, 1),
+        lambda p: os.posix_fallocate(p.read_only, 0, 1),
+    ),
+    "waitid of nobody": (
+        lambda p: lowlevel.waitid(os.P_PID, os.getpid(), os.WEXITED),
+        lambda p: os.waitid(os.P_PID, os.getpid(), os.WEXITED),
+    ),
+    "waitid for nothing": (lambda p: lowlevel.waitid(os.P_ALL, 0, 0), lambda p: os.waitid(os.P_ALL, 0, 0)),
 }
 
 
 def _what(exc: BaseException) -> dict[str, Any]:
-    return {"class": type(exc), **{name: getattr(exc, name, None) for name in ("errno", "strerror", "filename")}}
+    return {
+        "class": type(exc),
+        **{name: getattr(exc, name, None) for name in ("errno", "strerror", "filename", "filename2")},
+    }
 
 
 @pytest.mark.parametrize("case", FAILURES)
@@ -177,6 +262,76 @@ async def test_errors_are_those_of_the_standard_library(bench: Bench, case: str)
         await ours(place)
     if isinstance(expected.value, OSError):
         assert _what(raised.value) == _what(expected.value)
+
+
+HUGE = 1 << 70
+
+# What no field of the kernel's holds, or what the kernel would take for something else.
+WRONG_ARGUMENTS: dict[str, tuple[Callable[[Place], Awaitable[object]], type[Exception]]] = {
+    "read offset": (lambda p: lowlevel.read(p.read_only, bytearray(1), HUGE), OverflowError),
+    "read flags": (lambda p: lowlevel.read(p.read_only, bytearray(1), 0, -1), OverflowError),
+    "read no number": (lambda p: lowlevel.read(p.read_only, bytearray(1), 1.5), TypeError),  # type: ignore[arg-type]
+    "read into bytes": (lambda p: lowlevel.read(p.read_only, b"x"), BufferError),
+    "readv offset": (lambda p: lowlevel.readv(p.read_only, [bytearray(1)], HUGE), OverflowError),
+    "writev no buffer": (lambda p: lowlevel.writev(p.write_only, ["x"]), TypeError),  # type: ignore[list-item]
+    "openat mode": (lambda p: lowlevel.openat(p.path, os.O_RDONLY, -1), ValueError),
+    "openat flags": (lambda p: lowlevel.openat(p.path, -1), OverflowError),
+    "openat2 flags": (lambda p: lowlevel.openat2(p.path, -1), ValueError),
+    "openat2 resolve": (lambda p: lowlevel.openat2(p.path, 0, 0, HUGE), OverflowError),
+    "statx mask": (lambda p: lowlevel.statx(p.path, mask=-1), ValueError),
+    "sync_file_range length": (lambda p: lowlevel.sync_file_range(p.read_only, 0, -1, 0), ValueError),
+    "sync_file_range long": (lambda p: lowlevel.sync_file_range(p.read_only, 0, 1 << 32, 0), OverflowError),
+    "fallocate length": (lambda p: lowlevel.fallocate(p.write_only, 0, 0, -1), ValueError),
+    "fallocate mode": (lambda p: lowlevel.fallocate(p.write_only, -1, 0, 1), ValueError),
+    "ftruncate length": (lambda p: lowlevel.ftruncate(p.write_only, HUGE), OverflowError),
+    "fadvise length": (lambda p: lowlevel.fadvise(p.read_only, 0, 1 << 63, 0), OverflowError),
+    "fadvise advice": (lambda p: lowlevel.fadvise(p.read_only, 0, 0, -1), ValueError),
+    "madvise advice": (lambda p: lowlevel.madvise(bytearray(1), -1), ValueError),
+    "setxattr flags": (lambda p: lowlevel.setxattr(p.path, "user.x", b"", -1), OverflowError),
+    "getxattr null": (lambda p: lowlevel.getxattr(p.path, "user.\0"), ValueError),
+    "renameat2 flags": (lambda p: lowlevel.renameat2(p.path, p.missing, -1), OverflowError),
+    "linkat fd": (lambda p: lowlevel.linkat(p.path, p.missing, dst_dir_fd=HUGE), OverflowError),
+    "mkdirat mode": (lambda p: lowlevel.mkdirat(p.missing, -1), ValueError),
+    "socket proto": (lambda p: lowlevel.socket(proto=-1), ValueError),
+    "socket family": (lambda p: lowlevel.socket(HUGE), OverflowError),
+    "listen backlog": (lambda p: lowlevel.listen(p.tcp, -1), ValueError),
+    "shutdown how": (lambda p: lowlevel.shutdown(p.tcp, -1), ValueError),
+    "send flags": (lambda p: lowlevel.send(p.broken, b"x", -1), OverflowError),
+    "sendto address": (lambda p: lowlevel.sendto(p.udp, b"x", ("localhost", 9)), ValueError),
+    "recvmsg sizes": (lambda p: lowlevel.recvmsg(p.udp, 1, -1), ValueError),
+    "getsockopt level": (lambda p: lowlevel.getsockopt(p.tcp, 1 << 32, 1), OverflowError),
+    "getsockopt option": (lambda p: lowlevel.getsockopt(p.tcp, 1, -1), ValueError),
+    "getsockopt size": (lambda p: lowlevel.getsockopt(p.tcp, 1, 1, 1025), ValueError),
+    "setsockopt value": (lambda p: lowlevel.setsockopt(p.tcp, 1, 1, 1 << 31), OverflowError),
+    "splice length": (lambda p: lowlevel.splice(p.pipe[0], -1, p.write_only, -1, -1), ValueError),
+    "splice offset": (lambda p: lowlevel.splice(p.pipe[0], -2, p.write_only, -1, 1), ValueError),
+    "tee length": (lambda p: lowlevel.tee(p.pipe[0], p.broken_pipe, -1), ValueError),
+    "pipe flags": (lambda p: lowlevel.pipe(HUGE), OverflowError),
+    "epoll_ctl fd": (lambda p: lowlevel.epoll_ctl(p.read_only, 1, 1 << 32), OverflowError),
+    "epoll_ctl data": (lambda p: lowlevel.epoll_ctl(p.read_only, 1, 0, 1, 1 << 31), OverflowError),
+    "epoll_wait size": (lambda p: lowlevel.epoll_wait(p.read_only, -1), ValueError),
+    "waitid type": (lambda p: lowlevel.waitid(-1, 0, os.WEXITED), ValueError),
+    "waitid id": (lambda p: lowlevel.waitid(os.P_PID, HUGE, os.WEXITED), OverflowError),
+    "futex size": (lambda p: lowlevel.futex_wait(bytearray(5), 0), ValueError),
+    "futex alignment": (lambda p: lowlevel.futex_wake(memoryview(bytearray(8))[1:5], 1), ValueError),
+    "futex read-only": (lambda p: lowlevel.futex_wait(b"1234", 0), BufferError),
+    "futex value": (lambda p: lowlevel.futex_wait(bytearray(4), -1), ValueError),
+    "futex mask": (lambda p: lowlevel.futex_wait(bytearray(4), 0, 1 << 32), OverflowError),
+    "futex flags": (lambda p: lowlevel.futex_wait(bytearray(4), 0, flags=-1), ValueError),
+    "futex count": (lambda p: lowlevel.futex_wake(bytearray(4), -1), ValueError),
+    "futexes": (lambda p: lowlevel.futex_waitv([(bytearray(4), 0), (bytearray(3), 0)]), ValueError),
+    "futexes' value": (lambda p: lowlevel.futex_waitv([(bytearray(4), 1 << 32)]), OverflowError),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
+async def test_wrong_arguments_submit_nothing(bench: Bench, case: str) -> None:
+    call, error = WRONG_ARGUMENTS[case]
+    place = Place(bench)
+    async with nothing_submitted():
+        with pytest.raises(error) as raised:
+            await call(place)
+        assert str(raised.value)
 
 
 async def test_reset_connection(bench: Bench) -> None:
@@ -281,17 +436,6 @@ async def test_any_number_of_tasks_read_a_pipe(bench: Bench) -> None:
         await trio.testing.wait_all_tasks_blocked()
         os.write(write_end, b"12345")
         assert [await attempt.result() for attempt in attempts] == [1] * 5
-
-
-@pytest.mark.parametrize("name", lowlevel.TABLE)
-async def test_an_operation_the_kernel_lacks(bench: Bench, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = CASES[name].ready(bench)
-    kind = lowlevel.TABLE[name]
-    with monkeypatch.context() as patch:
-        patch.setattr(manager(), "_missing", frozenset(Opcode))
-        with pytest.raises(UnsupportedOperation, match=rf"{kind.opcode.name}.*{kind.since}"):
-            await call()
-    await call()
 
 
 def test_outside_of_a_run() -> None:

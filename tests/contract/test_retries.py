@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import select
@@ -12,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.contract.cases import BLOCKING, CASES
+from tests.contract.cases import BLOCKING_ON_FD, CASES
 from tests.helpers import Attempt, drain, manager, nothing_submitted, parked
 from trio_uring import lowlevel, statistics
 from trio_uring._abi import NOP_INJECT_RESULT
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
     from tests.helpers import Bench
 
 
-@pytest.mark.parametrize("name", [name for name in BLOCKING if name != "timeout"])
+# Of two fds, or of a pidfd, O_NONBLOCK means the operation itself.
+NOT_WAITING = ["splice", "tee", "waitid"]
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKING_ON_FD if name not in NOT_WAITING])
 async def test_nonblocking_fds_wait(bench: Bench, name: str) -> None:
     """O_NONBLOCK means nothing here."""
     blocked = CASES[name].blocked
@@ -119,9 +124,12 @@ async def test_dontwait_does_not_wait(bench: Bench, name: str) -> None:
     await calls[name]()
 
 
+NOP: lowlevel.Kind[int] = dataclasses.replace(lowlevel.TABLE["nop"], result="count", decode=None)
+
+
 async def _nop(result: int) -> int:
     """A no-op for which the kernel reports this result."""
-    return await manager().perform(lowlevel.TABLE["nop"], -1, 0, None, result & 0xFFFFFFFF, NOP_INJECT_RESULT)
+    return await manager().perform(NOP, -1, 0, None, result & 0xFFFFFFFF, NOP_INJECT_RESULT)
 
 
 async def test_results_as_the_kernel_gives_them() -> None:

@@ -27,7 +27,7 @@ from tests.helpers import (
     run_native,
     run_to_a_crash,
 )
-from trio_uring import RingError, _core, _ops, lowlevel
+from trio_uring import RingError, _core, _file_ops, lowlevel
 from trio_uring._cancel import Operation
 from trio_uring._core import UringIOManager
 
@@ -67,7 +67,7 @@ class Wreck:
         bench, monkeypatch = self._bench, pytest.MonkeyPatch()
         try:
             for name in ("READ", "OPENAT"):
-                monkeypatch.setattr(_ops, name, in_kernel_worker(getattr(_ops, name)))
+                monkeypatch.setattr(_file_ops, name, in_kernel_worker(getattr(_file_ops, name)))
             for _ in range(4):
                 self.start(lowlevel.read, self.pipe(), self.buffer())
                 self.start(lowlevel.read, bench.file(os.urandom(4096)), self.buffer())

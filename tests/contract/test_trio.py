@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from tests.helpers import Attempt, Mount, drain, fill, in_kernel_worker, manager, parked
-from trio_uring import _ops, _trio_internals, lowlevel, statistics
+from trio_uring import _file_ops, _trio_internals, lowlevel, statistics
 
 if TYPE_CHECKING:
     from trio.lowlevel import Task
@@ -282,7 +282,7 @@ async def test_readiness_of_what_is_ready(bench: Bench) -> None:
 
 async def test_results_of_kernel_workers(monkeypatch: pytest.MonkeyPatch, bench: Bench) -> None:
     """A result that comes from a kernel worker wakes a run that sleeps."""
-    monkeypatch.setattr(_ops, "FSYNC", in_kernel_worker(_ops.FSYNC))
+    monkeypatch.setattr(_file_ops, "FSYNC", in_kernel_worker(_file_ops.FSYNC))
     fd = bench.file(b"x")
     for _ in range(50):
         await lowlevel.fsync(fd)

@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from tests.helpers import Attempt, drain, fill, fork, in_kernel_worker
-from trio_uring import _ops, lowlevel, statistics
+from trio_uring import _file_ops, lowlevel, statistics
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -140,7 +140,7 @@ async def test_recv(bench: Bench, partner: Partner) -> None:
 async def test_pipe_read(bench: Bench, partner: Partner, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read_end, write_end = bench.pipe(os.O_NONBLOCK if how == "nonblocking" else 0)
     if how == "worker":
-        monkeypatch.setattr(_ops, "READ", in_kernel_worker(_ops.READ))
+        monkeypatch.setattr(_file_ops, "READ", in_kernel_worker(_file_ops.READ))
     tally = Tally()
     for i in range(ROUNDS):
         buffer, message = bytearray(9), b"%d" % i
@@ -218,7 +218,7 @@ async def test_connect(bench: Bench, partner: Partner) -> None:
 
 async def test_openat(bench: Bench, partner: Partner, monkeypatch: pytest.MonkeyPatch) -> None:
     """A FIFO: the open ends when the partner opens the other end."""
-    monkeypatch.setattr(_ops, "OPENAT", in_kernel_worker(_ops.OPENAT))
+    monkeypatch.setattr(_file_ops, "OPENAT", in_kernel_worker(_file_ops.OPENAT))
     fifo = bench.fifo()
     tally = Tally()
     for i in range(ROUNDS):
@@ -233,7 +233,7 @@ async def test_openat(bench: Bench, partner: Partner, monkeypatch: pytest.Monkey
 
 async def test_file_read(bench: Bench, partner: Partner, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's worker is the partner. A read that was cancelled has not moved the file's position."""
-    monkeypatch.setattr(_ops, "READ", in_kernel_worker(_ops.READ))
+    monkeypatch.setattr(_file_ops, "READ", in_kernel_worker(_file_ops.READ))
     content = os.urandom(ROUNDS * 10)
     fd = bench.file(content)
     tally = Tally()

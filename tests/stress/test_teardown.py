@@ -25,7 +25,7 @@ from tests.helpers import (
     in_kernel_worker,
     only_trio_complains,
 )
-from trio_uring import _ops, lowlevel
+from trio_uring import _file_ops, _socket_ops, lowlevel
 from trio_uring._cancel import Operation
 from trio_uring._core import UringIOManager
 
@@ -86,7 +86,7 @@ def test_buffers_are_not_written_to_afterwards(
 ) -> None:
     """The data arrives as the run ends. What was read was read before the end; the rest is in the pipe."""
     if where == "worker":
-        monkeypatch.setattr(_ops, "READ", in_kernel_worker(_ops.READ))
+        monkeypatch.setattr(_file_ops, "READ", in_kernel_worker(_file_ops.READ))
     pipes = [bench.pipe() for _ in range(PIPES)]
     poisoned: list[bytearray] = []
     for i in range(ROUNDS):
@@ -119,8 +119,9 @@ def test_buffers_are_not_written_to_afterwards(
 @pytest.mark.parametrize("how", ["return", "crash"])
 def test_files_and_fds(mount: Mount, bench: Bench, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that end while kernel workers read much of a file, open files, look at them, accept connections."""
-    for name in ("READ", "OPENAT", "STATX", "SOCKET"):
-        monkeypatch.setattr(_ops, name, in_kernel_worker(getattr(_ops, name)))
+    for module, names in ((_file_ops, ("READ", "OPENAT", "STATX")), (_socket_ops, ("SOCKET",))):
+        for name in names:
+            monkeypatch.setattr(module, name, in_kernel_worker(getattr(module, name)))
     path = bench.path(b"x" * FILE_SIZE)
     fd = bench.keep(os.open(path, os.O_RDONLY))
     listener = bench.listener(backlog=4096)

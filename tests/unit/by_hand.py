@@ -34,7 +34,7 @@ def raise_cancel() -> NoReturn:
     raise CancelledByTest
 
 
-def kind(opcode: Opcode, **more: Any) -> Kind:
+def kind(opcode: Opcode, **more: Any) -> Kind[Any]:
     """A row of a table of operations."""
     row = {"name": opcode.name.lower(), "since": "", "result": "count", "summary": "", "man": "", **more}
     return Kind(opcode=opcode, **row)
@@ -118,7 +118,7 @@ class ByHand:
         monkeypatch.setattr(trio.lowlevel, "reschedule", self._wake)
         monkeypatch.setattr(self.manager, "wake", self._wake)
 
-    def start(self, kind: Kind, fd: int = -1, *args: Any, **kwargs: Any) -> Task:
+    def start(self, kind: Kind[Any], fd: int = -1, *args: Any, **kwargs: Any) -> Task:
         """A new task calls `perform`."""
         task = Task(self.manager.perform(kind, fd, *args, **kwargs))
         del args, kwargs  # an error refers to this frame, too
@@ -145,10 +145,10 @@ class ByHand:
             self._wake(task, outcome.capture(raise_cancel))
         return success
 
-    def _wake(self, task: Task, value: object) -> None:
+    def _wake(self, task: Task, value: object = None) -> None:
         assert task.parked
         task.woken = True
-        task.value = value
+        task.value = outcome.Value(None) if value is None else value
 
     def _step(self, task: Task) -> None:
         self._running = task

@@ -16,11 +16,14 @@ SOURCE: Final = Path(trio_uring.__file__).parent
 # From the bottom up. A module imports from the layers below its own, never from its own or above.
 LAYERS: Final = (
     {"_abi", "_errors", "_native", "_trio_internals", "_sockaddr"},
-    {"_ring"},
+    {"_ring", "_structs"},
     {"_cancel"},
+    {"_job", "_shots"},
     {"_core"},
     {"_mount"},
     {"_ops", "_fallback"},
+    {"_file_ops", "_socket_ops", "_other_ops", "_zero_copy", "_mailbox", "_multishot"},
+    {"_batch"},
     {"_files", "_socket"},
     {"_path"},
     {"_net"},

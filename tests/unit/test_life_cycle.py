@@ -28,11 +28,12 @@ from trio_uring._cancel import INDEX_MASK, Kind, Operation, State
 from trio_uring._core import POLL_IN, POLL_OUT, UringIOManager
 from trio_uring._errors import ERESTARTS, INTERRUPTED
 from trio_uring._ring import ffi
+from trio_uring._zero_copy import SEND_ZC, _Release
 from trio_uring.testing import PATTERN, SimulatedRing
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from trio_uring._ring import Ring
 
@@ -63,10 +64,11 @@ class Call:
     """One call of `perform`, and the task that makes it."""
 
     name: str
-    kind: Kind
+    kind: Kind[Any]
     fd: int
     buffer: bytearray
-    generator: Any
+    generator: Any = None
+    releases: int = 0  # how often it was told that its buffer is free
     abort: Callable[[Any], Abort] | None = None
     operation: Operation | None = None  # what it waits for, or waited for until it was woken; None: a slot
     tokens: list[int] = field(default_factory=list)  # of its operations, readiness polls on the way left out
@@ -101,7 +103,7 @@ class Call:
         """Nothing the kernel, the task or the disposal of its result may still do needs the buffer."""
         if self.done:
             return True
-        if self.kind.dispose is not None:
+        if self.kind.dispose is not None or self.kind.decode is not None:
             return False
         if self.value is None or self.operation is None or self.waits_for_readiness_on_the_way:
             return False
@@ -143,15 +145,15 @@ class LifeCycle(RuleBasedStateMachine):
         self.patch.setattr(self.manager, "wake", self.wake)
         self.kinds = self.make_kinds()
 
-    def make_kinds(self) -> dict[str, Kind]:
-        def row(name: str, opcode: Opcode, **more: Any) -> Kind:
+    def make_kinds(self) -> dict[str, Kind[Any]]:
+        def row(name: str, opcode: Opcode, **more: Any) -> Kind[Any]:
             return Kind(name=name, opcode=opcode, since="", summary="", man="", **more)
 
         kinds = [
             row("read", Opcode.READ, result="count", wait_for=select.POLLIN),
             row("write", Opcode.WRITE, result="count"),
             row("recv", Opcode.RECV, result="count", direction="read", wait_for=select.POLLIN),
-            row("send_zc", Opcode.SEND_ZC, result="count", direction="write", wait_for=select.POLLOUT),
+            SEND_ZC,
             row("open", Opcode.OPENAT, result="fd", dispose=self.dispose),
             row("accept", Opcode.ACCEPT, result="fd", direction="read", dispose=self.dispose),
             row("fsync", Opcode.FSYNC, result="nothing", success=frozenset({-errno.ENOBUFS})),
@@ -188,8 +190,9 @@ class LifeCycle(RuleBasedStateMachine):
         call.value = value
         self.woken.append(call)
 
-    def end_wait_for_slot(self, call: Call, value: object) -> None:
-        if isinstance(value, outcome.Value):
+    def end_wait_for_slot(self, call: Call, value: object = None) -> None:
+        if value is None:
+            value = outcome.Value(None)
             assert call is self.queue[0], "first come, first served"
         self.queue.remove(call)
         self.wake(call, value)
@@ -277,12 +280,14 @@ class LifeCycle(RuleBasedStateMachine):
         assert way in ways, f"{call.name}: {woken_with} from {operation!r} ended in {way}, not in one of {ways}"
         call.done = way is not Parked
 
-    def returned(self, call: Call, value: int) -> None:
+    def returned(self, call: Call, value: int | None) -> None:
         if call.kind.readiness:
             return
         token = call.tokens[-1]
-        assert value == self.results[token]
+        assert value == (None if call.kind.result == "nothing" else self.results[token])
         self.received.add(token)
+        if value is None:
+            return
         if call.kind.result == "fd":
             self.owned_fds.add(value)
         if call.kind.opcode in (Opcode.READ, Opcode.RECV):
@@ -297,8 +302,10 @@ class LifeCycle(RuleBasedStateMachine):
         if isinstance(value, outcome.Error):
             return {type(value.error)}
         if isinstance(value, int) and not call.waits_for_readiness_on_the_way:
-            if value >= 0 or value in call.kind.success:
+            if value >= 0:
                 return {Returned}
+            if value in call.kind.success:  # what it means may be asked of the fd
+                return {trio.ClosedResourceError if call.closed else Returned}
             if call.interruption is not None and value in INTERRUPTED:
                 return {call.interruption}
             if value not in AGAIN or (value == -errno.EAGAIN and not call.kind.wait_for):
@@ -313,15 +320,30 @@ class LifeCycle(RuleBasedStateMachine):
     def start(self, name: str, fd: int) -> None:
         kind = self.kinds[name]
         buffer = bytearray(SIZE)
+        call = Call(f"{name} {len(self.calls)}", kind, fd, buffer)
         if kind.readiness:
-            generator = self.manager.perform(kind, fd, op_flags=1)
+            call.generator = self.manager.perform(kind, fd, op_flags=1)
+        elif kind is SEND_ZC:
+            call.generator = self.send_zc(call)
         elif kind.result == "count":
-            generator = self.manager.perform(kind, fd, -1, ffi.from_buffer(buffer), -1)
+            call.generator = self.manager.perform(kind, fd, -1, ffi.from_buffer(buffer), -1)
         else:
-            generator = self.manager.perform(kind, fd, keep=ffi.from_buffer(buffer))
-        call = Call(f"{name} {len(self.calls)}", kind, fd, buffer, generator)
+            call.generator = self.manager.perform(kind, fd, keep=ffi.from_buffer(buffer))
         self.calls.append(call)
         self.step(call, {Parked, trio.BusyResourceError})
+
+    def send_zc(self, call: Call) -> Generator[Any, Any, int]:
+        """As `lowlevel.send_zc` with an event."""
+
+        class Event:
+            def set(self) -> None:
+                call.releases += 1
+
+        release = _Release(cast("trio.Event", Event()))
+        with release:
+            return (
+                yield from self.manager.perform(SEND_ZC, call.fd, 0, ffi.from_buffer(call.buffer), -1, 0, (release,))
+            )
 
     @rule(timeout=st.sampled_from([0.0, 1.0]))
     def tick(self, timeout: float) -> None:
@@ -409,6 +431,9 @@ class LifeCycle(RuleBasedStateMachine):
                 assert call.pinned, f"{call.name} is not pinned"
             elif call.is_settled:
                 assert not call.pinned, f"{call.name} is still pinned"
+            if call.kind is SEND_ZC:
+                free = call.done and not call.abandoned and in_use.isdisjoint(call.tokens)
+                assert call.releases == free, f"{call.name} is told {call.releases} times that its buffer is free"
 
     def the_limit_is_kept(self) -> None:
         calls = [(token, self.of_token[token]) for token in self.tokens_in_use()]

@@ -10,6 +10,7 @@ import os
 import resource
 import select
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -20,8 +21,8 @@ import pytest
 
 import trio_uring
 from trio_uring import RingConfig, RingError, UnavailableError, _errors, _native, _ring
-from trio_uring._abi import CQE_F_MORE, Opcode, Setup
-from trio_uring._ring import INTERRUPTION, Ring, SubmissionQueue, ffi
+from trio_uring._abi import CQE_F_MORE, NOP_INJECT_RESULT, SQE_IO_LINK, Opcode, Setup
+from trio_uring._ring import INTERRUPTION, Ring, SQEs, SubmissionQueue, ffi, lib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -177,6 +178,210 @@ def test_repr(ring: Ring) -> None:
     stage_nops(ring, [1, 2])
     assert f"fd={ring.fd}" in repr(ring)
     assert "staged=2" in repr(ring)
+
+
+# Jobs
+
+NOP = int(Opcode.NOP)
+SLOT = 5
+TOKEN = lib.TU_JOB | 7 << 40 | SLOT
+
+
+class CountedJob:
+    """Requests of which the ring counts the completions off."""
+
+    def __init__(self, ring: Ring, size: int, *, slot: int = SLOT, each: bool = False) -> None:
+        self._results = ffi.new("int32_t[]", [-1] * size)
+        self.token = TOKEN - SLOT + slot
+        self.struct = ffi.new("struct tu_job *", (self.token, self._results, size, size, each))
+        ring.set_job(slot, self.struct)
+
+    @property
+    def results(self) -> list[int]:
+        return list(self._results)
+
+    def cqe(self, position: int, res: int) -> tuple[int, int, int]:
+        """What is told of one request."""
+        return self.token | position << 20, res, CQE_F_MORE
+
+    @property
+    def end(self) -> tuple[int, int, int]:
+        return self.token, self.struct.size, 0
+
+
+def entries(*sqes: tuple[int, ...]) -> SQEs:
+    """Of each the first fields: head, fd, off, addr, length, op flags."""
+    made = SQEs(len(sqes))
+    memory, _ = made.views()
+    for n, sqe in enumerate(sqes):
+        _ring.pack_sqe(memory, 64 * n, *sqe, *[0] * (6 - len(sqe)))
+    return made
+
+
+def stage_job(ring: Ring, token: int, *sqes: tuple[int, ...]) -> int:
+    return ring.stage_job(entries(*sqes).memory, len(sqes), token)
+
+
+def a_nop(res: int) -> tuple[int, ...]:
+    return NOP, -1, 0, 0, res & 0xFFFFFFFF, NOP_INJECT_RESULT
+
+
+def test_a_wait_goes_on_although_completions_of_a_job_are_there(ring: Ring) -> None:
+    job = CountedJob(ring, 2)
+    _keep, timeout = a_timeout(5)
+    stage_job(ring, job.token, (NOP, -1), timeout)
+    ring.flush()
+    assert ring.pending()
+    assert cqes(ring.tick(LONG)) == [job.end]
+
+
+@pytest.mark.parametrize("slot", [SLOT, 64, 5000])
+def test_a_job_is_counted_off(ring: Ring, slot: int) -> None:
+    job = CountedJob(ring, 3, slot=slot)
+    first = stage_nops(ring, [1])
+    number = stage_job(ring, job.token, (NOP, -1), a_nop(-errno.EBADF), a_nop(7))
+    last = stage_nops(ring, [2])
+    assert [number, *last] == [first[0] + 1, first[0] + 4]
+    events = cqes(ring.tick(LONG))
+    assert events == [(1, 0, 0), job.end, (2, 0, 0)]
+    assert job.results == [0, -errno.EBADF, 7]
+    assert job.struct.left == 0
+    assert ring.counters()["cqes"] == 5
+    assert ring.counters()["submits"] == 1
+
+
+def test_of_a_job_that_is_watched_each_completion_is_told(ring: Ring) -> None:
+    job = CountedJob(ring, 3, each=True)
+    stage_job(ring, job.token, (NOP, -1), a_nop(-errno.EBADF), (NOP, -1))
+    assert cqes(ring.tick(LONG)) == [job.cqe(0, 0), job.cqe(1, -errno.EBADF), job.end]
+
+
+def a_timeout(milliseconds: int) -> tuple[Any, tuple[int, ...]]:
+    """What it needs to be kept for it, and its fields."""
+    time = ffi.new("struct __kernel_timespec *", (0, milliseconds * 1_000_000))
+    return time, (int(Opcode.TIMEOUT), -1, 0, int(ffi.cast("uintptr_t", time)), 1)
+
+
+def test_a_wait_goes_on_while_only_a_job_goes_on(ring: Ring) -> None:
+    job = CountedJob(ring, 2)
+    _keep, timeout = a_timeout(5)
+    stage_job(ring, job.token, (NOP, -1), timeout)
+    assert cqes(ring.tick(LONG)) == [job.end]
+    assert ring.counters()["enters"] > 1
+    assert job.results == [0, -errno.ETIME]
+
+
+def test_but_not_beyond_its_time_out(ring: Ring, bench: Bench) -> None:
+    read_end, write_end = bench.pipe()
+    timeouts = [a_timeout(n) for n in range(1, 6)]
+    job = CountedJob(ring, 6)
+    poll = int(Opcode.POLL_ADD), read_end, 0, 0, 0, select.POLLIN
+    stage_job(ring, job.token, *[fields for _, fields in timeouts], poll)
+    start = time.monotonic()
+    while events := ring.tick(SHORT):
+        assert tokens(events) == [INTERRUPTION]
+    assert SHORT <= time.monotonic() - start < LONG
+    assert ring.tick(0) == []
+    os.write(write_end, b"x")
+    assert cqes(ring.tick(LONG)) == [job.end]
+    assert ring.tick(SHORT) == []
+
+
+def test_completions_of_a_former_job_are_passed_through(ring: Ring) -> None:
+    """Whoever gets them can complain."""
+    job = CountedJob(ring, 2)
+    stale = job.token + (1 << 40)
+    stage_job(ring, stale, (NOP, -1), (NOP, -1))
+    assert cqes(ring.tick(LONG)) == [(stale, 0, 0), (stale | 1 << 20, 0, 0)]
+    assert job.results == [-1, -1]
+    assert job.struct.left == 2
+
+
+def test_positions_a_job_does_not_have_are_passed_through(ring: Ring) -> None:
+    job = CountedJob(ring, 2)
+    stage_job(ring, job.token, (NOP, -1), (NOP, -1), (NOP, -1))
+    assert cqes(ring.tick(LONG)) == [job.end, (job.token | 2 << 20, 0, 0)]
+    stage_job(ring, job.token, (NOP, -1))
+    assert cqes(ring.tick(LONG)) == [(job.token, 0, 0)], "it is over"
+
+
+def test_without_its_job_a_completion_is_passed_through(ring: Ring) -> None:
+    job = CountedJob(ring, 2)
+    ring.set_job(SLOT, ffi.NULL)
+    ring.set_job(SLOT, ffi.NULL)
+    stage_job(ring, job.token, (NOP, -1), (NOP, -1))
+    assert cqes(ring.tick(LONG)) == [(job.token, 0, 0), (job.token | 1 << 20, 0, 0)]
+    stage_job(ring, lib.TU_JOB | 123456, (NOP, -1))
+    assert tokens(ring.tick(LONG)) == [lib.TU_JOB | 123456]
+
+
+def test_a_zero_copy_send_in_a_job(ring: Ring, bench: Bench) -> None:
+    """Its result counts, and its notification ends it."""
+    a, b = bench.sockets(socket.AF_INET)
+    data = ffi.new("char[]", 1000)
+    job = CountedJob(ring, 2)
+    send = int(Opcode.SEND_ZC), a.fileno(), 0, int(ffi.cast("uintptr_t", data)), 1000
+    stage_job(ring, job.token, send, (NOP, -1))
+    assert cqes(ring.tick(LONG)) == [job.end]
+    assert job.results == [1000, 0]
+    assert ring.counters()["cqes"] == 3
+    assert len(b.recv(2000)) == 1000
+
+
+def test_more_requests_than_the_rings_hold() -> None:
+    with open_ring(entries=4, cq_entries=4) as ring:
+        job = CountedJob(ring, 3000)
+        stage_job(ring, job.token, *[a_nop(n) for n in range(3000)])
+        assert cqes(ring.tick(LONG)) == [job.end]
+        assert job.results == list(range(3000))
+
+
+def test_a_job_is_taken_back(ring: Ring) -> None:
+    job = CountedJob(ring, 3)
+    number = stage_job(ring, job.token, *[(NOP, -1)] * 3)
+    stage_nops(ring, [1])
+    for n in reversed(range(3)):
+        ring.neutralise(number + n)
+    assert cqes(ring.tick(LONG)) == [(1, 0, 0)]
+    assert job.struct.left == 3
+
+
+@pytest.mark.parametrize("flush", [True, False])
+@pytest.mark.parametrize("before", range(4))
+def test_a_chain_is_never_divided(bench: Bench, before: int, flush: bool) -> None:
+    """Where a submission ends, the kernel ends a chain."""
+    read_end, write_end = bench.pipe()
+    poll = int(Opcode.POLL_ADD) | SQE_IO_LINK << 8, read_end, 0, 0, 0, select.POLLIN
+    with open_ring(entries=4) as ring:
+        stage_nops(ring, [1] * before)
+        job = CountedJob(ring, 12, each=True)
+        stage_job(ring, job.token, *[poll, (NOP | SQE_IO_LINK << 8, -1), (NOP, -1)] * 4)
+        if flush:
+            ring.flush()
+        assert all(token == 1 for token in tokens(ring.tick(SHORT)))
+        assert job.struct.left == 12
+        os.write(write_end, b"x")
+        while job.struct.left:
+            assert ring.tick(LONG)
+        assert job.results == [select.POLLIN, 0, 0] * 4
+
+
+def test_a_table_of_files(ring: Ring, bench: Bench) -> None:
+    ring.register_files(100)
+    path = ffi.new("char[]", os.fsencode(bench.fifo()))
+    read_end = bench.keep(os.open(ffi.string(path), os.O_RDONLY | os.O_NONBLOCK))
+    places = [3, 4, 5, 90]
+    for place in places:
+        index = 0, 0, place + 1, 0
+        assert result_of(ring, Opcode.OPENAT, -100, 0, 0, 0, os.O_WRONLY, pin=path, extra=index) == 0
+    ring.clear_files(places[:3])
+    with pytest.raises(BlockingIOError):
+        os.read(read_end, 1)
+    ring.clear_files([*places, 1, 0])
+    assert os.read(read_end, 1) == b""
+    ring.clear_files([])
+    with pytest.raises(OSError, match="Invalid argument"):
+        ring.clear_files([100])
 
 
 # The tick

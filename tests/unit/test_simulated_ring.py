@@ -6,12 +6,13 @@ import errno
 import os
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from trio_uring import RingConfig, RingError
-from trio_uring._abi import CQE_F_MORE, CQE_F_NOTIF, Opcode
-from trio_uring._ring import INTERRUPTION, Ring, SubmissionQueue, ffi
+from trio_uring._abi import CQE_F_MORE, CQE_F_NOTIF, SQE_IO_HARDLINK, SQE_IO_LINK, Opcode
+from trio_uring._ring import INTERRUPTION, Ring, SQEs, SubmissionQueue, ffi, lib, pack_sqe
 from trio_uring.testing import PATTERN, Entry, SimulatedRing
 
 TAME = 0
@@ -220,6 +221,121 @@ def test_what_is_in_flight_stays_so_until_its_last_cqe_is_handed_out() -> None:
     assert ring.tick(0) == [7, 1, CQE_F_MORE, 7, 0, CQE_F_NOTIF]
     assert not ring.in_flight
     assert not ring.pending()
+
+
+# Chains and jobs
+
+
+def run_chain(ring: SimulatedRing, *steps: tuple[Opcode, int]) -> list[tuple[int, int]]:
+    """Steps 1, 2 and so on: opcode and link flag; the results as they come."""
+    for token, (opcode, link) in enumerate(steps, 1):
+        ring.stage(opcode | link << 8, 5, 0, 0, SIZE, 0, token)
+    return [(token, res) for token, res, _ in run_dry(ring)]
+
+
+def test_steps_of_a_chain_follow_one_another() -> None:
+    for ring in histories(range(100)):
+        steps = [(Opcode.POLL_ADD, SQE_IO_LINK), (Opcode.POLL_ADD, SQE_IO_HARDLINK), (Opcode.POLL_ADD, 0)]
+        assert run_chain(ring, *steps, (Opcode.CLOSE, 0))[0][0] in (1, 4)
+        assert ring.counters()["sqes"] == 4
+    orders = {tuple(run_chain(ring, *steps)) for ring in histories(range(100))}
+    assert orders == {((1, 0), (2, 0), (3, 0))}
+
+
+def test_a_failed_or_short_step_ends_its_chain() -> None:
+    ways = set()
+    for ring in histories():
+        cqes = run_chain(ring, (Opcode.WRITE, SQE_IO_LINK), (Opcode.POLL_ADD, SQE_IO_HARDLINK), (Opcode.POLL_ADD, 0))
+        (_, res), *others = cqes
+        assert others == ([(2, 0), (3, 0)] if res == SIZE else [(2, -errno.ECANCELED), (3, -errno.ECANCELED)])
+        ways.add("done" if res == SIZE else "short" if res > 0 else "failed")
+    assert ways == {"done", "short", "failed"}
+
+
+def test_a_hard_link_holds() -> None:
+    ways = set()
+    for ring in histories(range(100)):
+        (_, res), second = run_chain(ring, (Opcode.FSYNC, SQE_IO_HARDLINK), (Opcode.POLL_ADD, 0))
+        assert second == (2, 0)
+        ways.add(res)
+    assert len(ways) > 1
+
+
+def test_a_chain_is_taken_as_a_whole() -> None:
+    for ring in histories():
+        stage(ring, Opcode.NOP, 1)
+        for token, link in ((2, SQE_IO_LINK), (3, SQE_IO_LINK), (4, 0), (5, 0)):
+            ring.stage(Opcode.NOP | link << 8, 5, 0, 0, 0, 0, token)
+        ring.tick(0)
+        assert ring.staged in (0, 1, 4, 5)
+
+
+def test_a_cancel_finds_no_step_that_has_not_begun() -> None:
+    answers = set()
+    for ring in histories():
+        ring.stage(Opcode.POLL_ADD | SQE_IO_LINK << 8, 5, 0, 0, 0, 0, 7)
+        stage(ring, Opcode.POLL_ADD, 8)
+        ring.flush()
+        seen = {entry.user_data for entry in ring.in_flight}
+        assert seen == {7, 8}
+        done = [token for token, _, _ in zip(*[iter(ring.tick(0))] * 3, strict=True)]
+        stage(ring, Opcode.ASYNC_CANCEL, 1, addr=8)
+        answer = next(res for token, res, _ in run_dry(ring) if token == 1)
+        answers.add((7 in done, answer == -errno.ENOENT))
+    assert answers == {(False, True), (True, True), (True, False)}
+
+
+def new_job(ring: SimulatedRing, size: int, *, each: bool = False) -> tuple[Any, Any, int]:
+    results = ffi.new("int32_t[]", [-1] * size)
+    token = lib.TU_JOB | 3 << 40 | 5
+    job = ffi.new("struct tu_job *", (token, results, size, size, each))
+    ring.set_job(5, job)
+    return job, results, token
+
+
+def stage_job(ring: SimulatedRing, token: int, *opcodes: Opcode) -> None:
+    sqes = SQEs(len(opcodes))
+    memory, _ = sqes.views()
+    for position, opcode in enumerate(opcodes):
+        pack_sqe(memory, 64 * position, opcode, 5, 0, 0, SIZE, 0)
+    ring.stage_job(sqes.memory, len(opcodes), token)
+
+
+def test_a_job_is_counted_off() -> None:
+    for ring in histories(range(100)):
+        job, results, token = new_job(ring, 3)
+        stage_job(ring, token, Opcode.POLL_ADD, Opcode.SEND_ZC, Opcode.POLL_ADD)
+        assert run_dry(ring) == [(token, 3, 0)]
+        assert (results[0], results[2], job.left) == (0, 0, 0)
+        assert results[1] > 0 or results[1] in FAULTS
+        assert ring.counters()["cqes"] in (3, 4)
+
+
+def test_of_a_job_that_is_watched_each_completion_is_told() -> None:
+    for ring in histories(range(100)):
+        _, results, token = new_job(ring, 3, each=True)
+        stage_job(ring, token, Opcode.POLL_ADD, Opcode.SEND_ZC, Opcode.FSYNC)
+        *told, last = run_dry(ring)
+        assert last == (token, 3, 0)
+        assert len(told) == 2
+        assert {flags for _, _, flags in told} == {CQE_F_MORE}
+
+
+def test_what_belongs_to_no_job_is_passed_through() -> None:
+    ring = SimulatedRing(Tame())
+    job, results, token = new_job(ring, 1)
+    stage_job(ring, token + (1 << 40), Opcode.NOP)
+    assert run_dry(ring) == [(token + (1 << 40), 0, 0)]
+    stage_job(ring, token, Opcode.NOP, Opcode.NOP)
+    assert run_dry(ring) == [(token, 1, 0), (token | 1 << 20, 0, 0)]
+    stage_job(ring, token, Opcode.NOP)
+    assert run_dry(ring) == [(token, 0, 0)], "it is over"
+    job.left = 1
+    ring.set_job(5, ffi.NULL)
+    ring.set_job(5, ffi.NULL)
+    stage_job(ring, token, Opcode.NOP)
+    assert run_dry(ring) == [(token, 0, 0)]
+    assert results[0] == 0
 
 
 def test_an_entry_is_decoded() -> None:

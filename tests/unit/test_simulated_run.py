@@ -47,7 +47,7 @@ class Program:
             kind(Opcode.FSYNC, result="nothing"),
         ]
 
-    async def call(self, row: Kind, fd: int, scope: trio.CancelScope) -> None:
+    async def call(self, row: Kind[Any], fd: int, scope: trio.CancelScope) -> None:
         buffer = bytearray(SIZE)
         self.buffers.append(buffer)
         with scope:

@@ -37,17 +37,20 @@ class Manager:
         assert task is TASK
         self.woken.append(value)
 
-    def ask_cancel(self, operation: Operation) -> None:
+    def ask_cancel(self, token: int, notice: int = 0) -> None:
         self.cancels_asked += 1
 
     def hand_over(self, operation: Operation) -> None:
         raise AssertionError("nobody waits")
 
+    def released(self, operation: Operation) -> None:
+        raise AssertionError("it does not want to know")
+
 
 class Life:
     """One operation, and all that can happen to it."""
 
-    def __init__(self, kind: Kind = SEND_ZC) -> None:
+    def __init__(self, kind: Kind[Any] = SEND_ZC) -> None:
         self.manager = Manager()
         self.pool: list[Operation] = []
         self.disposed: list[int] = []
@@ -68,7 +71,7 @@ class Life:
         elif event in (Event.ABORT, Event.RELEASE):
             operation.abort(raise_cancel)
         elif event is Event.CLOSE:
-            operation.fd_closing()
+            operation.fd_closing(operation.fd)
         elif event is Event.ABANDON:
             operation.abandon()
         elif event is Event.RESULT_CQE:
@@ -102,7 +105,7 @@ NO_ROWS = [
 ]
 
 
-def life_in(state: State, kind: Kind = SEND_ZC) -> Life:
+def life_in(state: State, kind: Kind[Any] = SEND_ZC) -> Life:
     life = Life(kind)
     for event in WAYS[state]:
         life.happens(event)
@@ -110,7 +113,7 @@ def life_in(state: State, kind: Kind = SEND_ZC) -> Life:
     return life
 
 
-def kind_for(event: Event) -> Kind:
+def kind_for(event: Event) -> Kind[Any]:
     return POLL_IN if event is Event.RELEASE else SEND_ZC
 
 

@@ -1,6 +1,7 @@
 """Directives that show tables of the source: what the code decides by is what the reader sees.
 
 ``.. operation-table::``   `trio_uring.lowlevel.TABLE`
+``.. multishot-table::``   `trio_uring.lowlevel.MULTISHOT`
 ``.. state-table::``       the states of an operation, and what can happen in each
 """
 
@@ -12,7 +13,7 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
 from trio_uring import _cancel
-from trio_uring.lowlevel import TABLE
+from trio_uring.lowlevel import MULTISHOT, TABLE, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,8 +29,21 @@ def list_table(widths: str, head: Sequence[str], rows: Iterable[Sequence[str]]) 
     return "\n".join(lines)
 
 
+WHERE = {
+    "inline": "while it is submitted",
+    "waits": "while it is submitted, or when the fd is ready",
+    "may block": "while it is submitted, or in a kernel thread",
+    "worker": "in a kernel thread",
+}
+
+
+def kernel_side(kind: Kind[Any]) -> tuple[str, str]:
+    """Where the kernel does it; whether it can be cancelled under way."""
+    return WHERE[kind.runs], "yes" if kind.cancellable else "no"
+
+
 class OperationTable(SphinxDirective):
-    """Each operation with its opcode, the kernel that brought it, its result and the manual page."""
+    """Each operation with its opcode, the kernel that brought it, its result, and how the kernel does it."""
 
     def run(self) -> list[nodes.Node]:
         rows = [
@@ -39,12 +53,27 @@ class OperationTable(SphinxDirective):
                 f"``{kind.opcode.name}``",
                 kind.since,
                 kind.result,
+                *kernel_side(kind),
+                "an error" if kind.fallback is None else "the plain system call",
                 f":manpage:`{kind.man}`",
             )
             for kind in TABLE.values()
         ]
-        head = ("function", "what it does", "opcode", "Linux", "result", "manual page")
-        return self.parse_text_to_nodes(list_table("12 28 16 7 9 28", head, rows))
+        head = ("function", "what it does", "opcode", "Linux", "result", "done", "cancellable", "before that", "manual page")
+        return self.parse_text_to_nodes(list_table("12 18 12 6 7 15 9 10 21", head, rows))
+
+
+class MultishotTable(SphinxDirective):
+    """Each multishot operation with its opcode and the kernel that brought it."""
+
+    def run(self) -> list[nodes.Node]:
+        rows = [
+            (f":func:`~trio_uring.lowlevel.{kind.name}`", kind.summary, f"``{kind.opcode.name}``", kind.since)
+            for kind in MULTISHOT.values()
+        ]
+        return self.parse_text_to_nodes(
+            list_table("30 40 20 10", ("function", "what it does", "opcode", "Linux"), rows)
+        )
 
 
 class StateTable(SphinxDirective):
@@ -67,5 +96,6 @@ class StateTable(SphinxDirective):
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("operation-table", OperationTable)
+    app.add_directive("multishot-table", MultishotTable)
     app.add_directive("state-table", StateTable)
     return {"parallel_read_safe": True}

@@ -1,0 +1,621 @@
+"""Batches and chains: many operations, one submission, one wake-up.
+
+The data path: `Batch.add` keeps what the operation's filler says (see `_ops`). `Batch.run` borrows as many slots as there are
+operations, writes all SQEs in one loop, has them copied to where the next tick submits from, and parks. The kernel's answers
+go into an array in C; when the last has come the task wakes, once. What an operation costs in Python is its SQE.
+
+Who owns what: the batch owns the requests, and with them the memory they name, until it runs; then the `Job` does, until
+the last CQE. The caller owns the results.
+
+A chain is a run of linked SQEs in a batch. The kernel starts each step when the one before is done, without a way back to
+Python. Between its steps a file can go by a *direct descriptor*: a place in a table of the ring's instead of a number
+of the process, known before the file is opened. Kernel facts that decide the rest:
+
+* A failed step cancels those behind it, and so does a short read or write; not where the link is a hard one.
+* A chain ends where a submission ends, so it cannot be longer than the submission queue.
+* The kernel resolves the fd of a step when its turn comes, and by then the number may be another file's. Steps behind the
+  first name a duplicate that nobody else can close.
+* What of a chain's direct descriptors is open at its end is closed here, however it ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import struct
+from dataclasses import replace
+from itertools import count, starmap
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+
+import trio
+from trio.lowlevel import current_task, enable_ki_protection
+
+from ._abi import SQE_FIXED_FILE, SQE_IO_HARDLINK, SQE_IO_LINK
+from ._cancel import closed_error, nothing
+from ._core import MAX_DIRECT, MAX_RW_COUNT, UringIOManager, _this_thread
+from ._errors import os_error, unsupported
+from ._file_ops import CLOSE
+from ._job import BATCH, MAX_REQUESTS, PADDING, Job, bare, second_fd_of, whole
+from ._ops import close_result, filler_of
+from ._other_ops import EPOLL_CTL, WAITID
+from ._ring import (
+    SQE_ADDR_AT,
+    SQE_EXTRA_AT,
+    SQE_FILE_INDEX_AT,
+    SQE_SIZE,
+    SQEs,
+    does_not_fit,
+    pack_file_index,
+    pack_sqe,
+    pack_sqe_extra,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+
+    from typing_extensions import ParamSpec
+
+    from ._cancel import Kind, Operation
+
+    P = ParamSpec("P")
+
+_MAX_DIRECT_PER_PART: Final = MAX_DIRECT // 4  # so that several batches can be under way
+_NEED_A_NUMBER: Final = {EPOLL_CTL, WAITID}
+_file_numbers: Final = count(-(1 << 40), -1)
+
+
+class DirectFile(int):
+    """A file that a chain opens without an fd. It stands for one in later steps of its batch, and nowhere else:
+    its value fits no field for an fd.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<DirectFile {-self - (1 << 40)}>"
+
+
+@functools.cache
+def _direct_form(kind: Kind[Any]) -> Kind[None]:
+    """The same operation, when what it opens becomes a direct descriptor."""
+    return cast("Kind[None]", replace(kind, result="nothing", decode=nothing, dispose=None, fallback=None))
+
+
+def _as_direct(request: tuple[Any, ...], file: DirectFile) -> tuple[Any, ...]:
+    """The same request, when what it opens becomes a direct descriptor: not closed at exec, as none is ever left then."""
+    kind, fd, off, pin, length, op_flags, keep, filename, addr, via, _ = whole(request)
+    if kind.cloexec == "op_flags":
+        op_flags &= ~os.O_CLOEXEC
+    elif kind.cloexec == "off":
+        off &= ~os.O_CLOEXEC
+    elif kind.cloexec == "open_how":
+        keep.flags &= ~os.O_CLOEXEC
+    else:
+        del request, pin, keep  # a traceback keeps this frame
+        raise TypeError(f"{kind.name} cannot open a direct descriptor")
+    return _direct_form(kind), fd, off, pin, length, op_flags, keep, filename, addr, via, file
+
+
+class _Spent(list[tuple[Any, ...]]):
+    """The requests of a batch that has been run."""
+
+    def append(self, request: object) -> NoReturn:
+        del request  # a traceback keeps this frame
+        raise RuntimeError("the batch has been run")
+
+    extend = append
+
+
+class Batch:
+    """Operations that are submitted together and waited for as one. Made by `trio_uring.lowlevel.batch`.
+
+    Add operations, then `run` it, once::
+
+        batch = lowlevel.batch()
+        for offset, buffer in pieces:
+            batch.add(lowlevel.read, fd, buffer, offset)
+        counts = await batch.run()
+    """
+
+    def __init__(self) -> None:
+        self._manager = _this_thread.manager.require(BATCH)
+        self._requests: list[tuple[Any, ...]] = []
+        self._links: dict[int, int] = {}  # IOSQE flags of each step that another one follows
+        self._files: dict[DirectFile, int] = {}  # for each `DirectFile`, the position of the step that opens it
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, operation: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> int:
+        """Adds an operation and returns its position in what `run` returns.
+
+        Args:
+            operation: one of `trio_uring.lowlevel`'s functions.
+            args, kwargs: its arguments. Buffers are held from now on.
+
+        Raises:
+            TypeError: it is no such function.
+            RuntimeError: the batch has been run.
+        """
+        requests = self._requests
+        requests.append(filler_of(operation)(*args, **kwargs))
+        return len(requests) - 1
+
+    def extend(self, operation: Callable[..., Awaitable[object]], arguments: Iterable[tuple[Any, ...]]) -> None:
+        """Adds an operation for each of ``arguments``: as so many calls of `add`, but cheaper.
+
+        Args:
+            operation: one of `trio_uring.lowlevel`'s functions.
+            arguments: the positional arguments of each call.
+        """
+        self._requests.extend(starmap(filler_of(operation), arguments))
+
+    def chain(self) -> Chain:
+        """Begins a chain: operations of this batch that follow one another."""
+        return Chain(self)
+
+    @enable_ki_protection
+    async def run(self) -> list[Any]:
+        """Submits everything, waits for everything, and returns the results in the order of `add`.
+
+        A result is what the operation's own function would have returned, or, not raised, the exception. EINTR and EAGAIN
+        are tried again, as in single operations, but not in a chain.
+
+        Cancelled, it cancels all that is left. If nothing had been done it raises `trio.Cancelled`; otherwise it
+        returns, with ``OSError(ECANCELED)`` for what was not done, and the next checkpoint raises.
+
+        Raises:
+            trio.BusyResourceError: another task, or another operation of the batch, uses a direction of a socket.
+            UnsupportedOperation: the kernel lacks one of the operations.
+            OverflowError, TypeError, ValueError: an argument does not fit its field; a chain is too long.
+            RuntimeError: it has been run before.
+
+        When it raises anything, nothing was submitted.
+        """
+        if type(self._requests) is _Spent:
+            raise RuntimeError("the batch has been run")
+        if self._manager is not _this_thread.manager:
+            raise RuntimeError("a batch runs in the trio run that made it")
+        requests, self._requests = self._requests, _Spent()
+        try:
+            return await self._run(requests)
+        finally:
+            requests.clear()  # a traceback keeps this frame
+
+    async def _run(self, requests: list[tuple[Any, ...]]) -> list[Any]:
+        if not requests:
+            await trio.lowlevel.checkpoint()
+            return []
+        await trio.lowlevel.checkpoint_if_cancelled()
+        without_ring = self._take_out_what_the_kernel_lacks(requests) if self._manager.lacks_any else {}
+        parts = self._parts(requests)
+        try:
+            for part in parts[1:]:
+                part.watch(self._manager)  # their turn comes only later
+                part.check()
+            values = await self._run_parts(parts)
+        finally:
+            for part in parts:
+                part.requests = []  # a traceback keeps this frame
+        for position, (request, siblings) in without_ring.items():
+            if position < len(values):
+                values[position] = self._fall_back(siblings, *whole(request))
+        values += [os_error(-errno.ECANCELED) for _ in range(len(requests) - len(values))]
+        return values
+
+    async def _run_parts(self, parts: list[_Part]) -> list[Any]:
+        """One after the other, until one is cancelled. What has been done is not lost."""
+        values: list[Any] = []
+        for part in parts:
+            size = len(part)
+            try:
+                values += await self._run_part(part)
+            except trio.Cancelled:
+                if not values:
+                    raise
+                break
+            except (OSError, trio.BusyResourceError) as exc:
+                if not values:
+                    raise
+                values += [bare(exc)] * size
+        return values
+
+    # What needs no ring
+
+    def _take_out_what_the_kernel_lacks(
+        self, requests: list[tuple[Any, ...]]
+    ) -> dict[int, tuple[tuple[Any, ...], set[Any]]]:
+        """A NOP takes its place. Whatever has a fallback is done in no time."""
+        taken_out: dict[int, tuple[tuple[Any, ...], set[Any]]] = {}
+        for position, request in enumerate(requests):
+            kind = request[0]
+            try:
+                lacking = self._manager.lacks(kind)
+                if lacking and (position in self._links or position - 1 in self._links):
+                    raise unsupported(kind.name, kind.opcode.name, kind.since)
+            except OSError:
+                del request  # a traceback keeps this frame
+                taken_out.clear()
+                raise
+            if lacking:
+                taken_out[position] = request, self._manager.siblings_of(whole(request)[1])
+                requests[position] = (BATCH,)
+        return taken_out
+
+    def _fall_back(
+        self,
+        siblings: set[Any],
+        kind: Kind[Any],
+        fd: int,
+        off: int,
+        pin: Any,
+        length: int,
+        op_flags: int,
+        keep: Any,
+        filename: object,
+        addr: int,
+        via: int | None,
+        extra: object,
+    ) -> Any:
+        if self._manager.siblings_of(fd) is not siblings:
+            return closed_error()
+        try:
+            return self._manager.fall_back(kind, fd, off, pin, length, op_flags, keep, via)
+        except Exception as exc:
+            return bare(exc)
+
+    # Running
+
+    def _parts(self, requests: list[tuple[Any, ...]]) -> list[_Part]:
+        """The batch as a whole, or in parts of what can be in flight at once. No chain is divided.
+
+        Raises:
+            ValueError: a chain is too long.
+        """
+        total, links = len(requests), self._links
+        most = min(self._manager.max_in_flight, MAX_REQUESTS)
+        if not links and not self._files and total <= most:
+            return [_Part(requests[:], {}, ())]
+        longest = min(most, self._manager.ring.entries[0])
+        most_direct = max(1, min(_MAX_DIRECT_PER_PART, self._manager.max_direct // 4))
+        opens = {*self._files.values()}
+        parts = []
+        start = first = direct = direct_in_chain = 0
+        for position in range(total):
+            direct_in_chain += position in opens
+            if position in links:
+                continue
+            end = position + 1
+            if end - first > longest or direct_in_chain > most_direct:
+                raise ValueError(f"a chain has at most {longest} steps, and at most {most_direct} direct descriptors")
+            if end - start > most or direct + direct_in_chain > most_direct:
+                parts.append((start, first))
+                start, direct = first, 0
+            direct += direct_in_chain
+            first, direct_in_chain = end, 0
+        parts.append((start, total))
+        if len(parts) == 1:
+            return [_Part(requests[:], links, self._files)]
+        return [
+            _Part(
+                requests[start:end],
+                {at - start: flag for at, flag in links.items() if start <= at < end},
+                [file for file, position in self._files.items() if start <= position < end],
+            )
+            for start, end in parts
+        ]
+
+    async def _run_part(self, part: _Part) -> list[Any]:
+        manager = self._manager
+        try:
+            if part.files:
+                if not manager.has_places(len(part.files)):
+                    part.watch(manager)
+                places = await manager.borrow_places(len(part.files))
+                part.places = dict(zip(part.files, places, strict=True))
+            sqes = part.fill()
+            part.watch(manager)
+            borrowed = await manager.borrow(len(part), current_task(), ())
+            try:
+                if part.has_prelude:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                job = part.make_job(manager, borrowed, sqes)
+            except BaseException:
+                manager.give_back(borrowed)
+                raise
+        except BaseException:
+            part.requests = []  # a traceback keeps this frame
+            part.finish(manager)
+            raise
+        await manager.run_job(job, sqes.memory)
+        values, again = job.judge_all()
+        if again:
+            try:
+                await self._try_all_again(values, again, part.siblings)
+            finally:
+                again.clear()  # a traceback keeps this frame
+        return values
+
+    async def _try_all_again(
+        self, values: list[Any], again: list[tuple[int, tuple[Any, ...]]], siblings: dict[int, set[Any]]
+    ) -> None:
+        async with trio.open_nursery() as nursery:
+            for position, request in again:
+                nursery.start_soon(self._try_again, values, position, request, siblings)
+            request = ()
+
+    async def _try_again(
+        self, values: list[Any], position: int, request: tuple[Any, ...], siblings: dict[int, set[Any]]
+    ) -> None:
+        try:
+            for fd in (whole(request)[1], second_fd_of(request)):
+                if fd >= 0 and self._manager.siblings_of(fd) is not siblings[fd]:
+                    raise closed_error()
+            values[position] = await self._manager.perform(*request)
+        except trio.Cancelled:  # what the others have done is not to be lost; the next checkpoint raises again
+            values[position] = os_error(-errno.ECANCELED)
+        except Exception as exc:
+            values[position] = bare(exc)
+
+
+class _Part:
+    """What of a batch is in flight at once. Positions are those in the part."""
+
+    def __init__(self, requests: list[tuple[Any, ...]], links: dict[int, int], files: Collection[DirectFile]) -> None:
+        self.requests = requests
+        self.links = links
+        self.files = files
+        self.kinds: set[Kind[Any]] = {request[0] for request in requests}
+        self.fds: list[int] = []  # that of each request, negative for none
+        self.closed: set[int] = set()  # positions whose fd has been closed
+        self.places: dict[DirectFile, int] = {}  # in the ring's table
+        self.siblings: dict[int, set[Any]] = {}  # for each fd that is named
+        self._duplicates: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def has_prelude(self) -> bool:
+        """Is there something to be done just before it is submitted?"""
+        return any(kind.prelude for kind in self.kinds)
+
+    def watch(self, manager: UringIOManager) -> None:
+        """From now on it is noticed if one of the fds is closed."""
+        if self.siblings:
+            return
+        fds = set(self.fds) or {whole(request)[1] for request in self.requests}
+        if any(kind.second_fd for kind in self.kinds):
+            fds.update(map(second_fd_of, self.requests))
+        self.siblings = {fd: manager.siblings_of(fd) for fd in fds if fd >= 0}
+
+    def check(self) -> None:
+        """Raises what `fill` raises."""
+        self.places = dict.fromkeys(self.files, 0)
+        try:
+            self.fill()
+        finally:
+            self.places = {}
+            self.fds = []
+
+    def fill(self) -> SQEs:
+        """The SQEs, but for their user_data.
+
+        Raises:
+            OverflowError, TypeError, ValueError: an argument does not fit.
+        """
+        sqes = SQEs(len(self.requests))
+        memory, pointers = sqes.views()
+        links, fds, places = self.links, self.fds, self.places
+        request: tuple[Any, ...] = ()
+        at, address_at = 0, SQE_ADDR_AT
+        try:
+            for position, request in enumerate(self.requests):
+                if len(request) == 6:
+                    kind, fd, off, pin, length, op_flags = request
+                    addr, via, extra = 0, None, None
+                else:
+                    kind, fd, off, pin, length, op_flags, _, _, addr, via, extra = request + PADDING[len(request)]
+                head = kind.head
+                if position in links:
+                    head |= links[position] << 8
+                if length < 0:
+                    length = len(pin)
+                    if length > MAX_RW_COUNT:
+                        length = MAX_RW_COUNT
+                if type(fd) is DirectFile:
+                    if fd not in places:
+                        raise ValueError(f"{fd!r} belongs to another batch")
+                    if kind is CLOSE:
+                        pack_file_index(memory, at + SQE_FILE_INDEX_AT, places[fd] + 1)
+                        via = 0
+                    elif kind in _NEED_A_NUMBER:
+                        raise ValueError(f"{kind.name} takes no direct descriptor")
+                    else:
+                        via = places[fd]
+                        head |= SQE_FIXED_FILE << 8
+                    fd = -1
+                pack_sqe(memory, at, head, fd if via is None else via, off, addr, length, op_flags)
+                if extra is not None:
+                    if type(extra) is DirectFile:
+                        pack_file_index(memory, at + SQE_FILE_INDEX_AT, places[extra] + 1)
+                    else:
+                        pack_sqe_extra(memory, at + SQE_EXTRA_AT, *extra)
+                if pin is not None:
+                    pointers[address_at] = pin
+                fds.append(fd)
+                at += SQE_SIZE
+                address_at += SQE_SIZE // 8
+        except struct.error as exc:
+            more = extra if type(extra) is tuple else ()
+            raise does_not_fit(exc, (fd if via is None else via, off, length, op_flags, addr, *more)) from None
+        finally:
+            request = pin = None  # type: ignore[assignment]  # a traceback keeps this frame
+        return sqes
+
+    def make_job(self, manager: UringIOManager, borrowed: Sequence[Operation], sqes: SQEs) -> Job:
+        """What has to happen just before it is submitted, and the job.
+
+        Raises:
+            trio.BusyResourceError: see `_occupy`.
+            OSError: too many files are open.
+        """
+        if self.siblings:
+            self._leave_out_what_was_closed(manager, sqes)
+            for before in self.links:
+                self._name_duplicates(sqes, before + 1)
+        occupied = self._occupy(manager)
+        if self.has_prelude:
+            for kind, fd in zip([request[0] for request in self.requests], self.fds, strict=True):
+                if fd >= 0 and kind.prelude is not None:
+                    kind.prelude(manager, fd)
+            self.siblings = {fd: manager.siblings_of(fd) for fd in self.siblings}
+        plain = all(kind.decode is None for kind in self.kinds)
+        job = Job(manager, borrowed, self.requests, self.fds, self.links, occupied, self.closed, plain, self.finish)
+        job.siblings = list(self.siblings.values())
+        self.requests = []
+        return job
+
+    def _leave_out_what_was_closed(self, manager: UringIOManager, sqes: SQEs) -> None:
+        """The numbers may be those of other files by now."""
+        closed = {fd for fd, siblings in self.siblings.items() if manager.siblings_of(fd) is not siblings}
+        if not closed:
+            return
+        for position, fd in enumerate(self.fds):
+            if fd in closed:
+                sqes.set_field(position, "fd", -1)
+                self.fds[position] = -1
+                self.closed.add(position)
+            kind = self.requests[position][0]
+            if kind.second_fd is not None and second_fd_of(self.requests[position]) in closed:
+                sqes.set_field(position, kind.second_fd, -1)
+                self.closed.add(position)
+        for fd in closed:
+            del self.siblings[fd]
+
+    def _name_duplicates(self, sqes: SQEs, position: int) -> None:
+        """A step that is not the first of its chain names fds whose numbers nobody else can close."""
+        kind, fd = self.requests[position][0], self.fds[position]
+        if fd >= 0 and kind is not CLOSE:
+            sqes.set_field(position, "fd", self._duplicate(fd))
+        if kind.second_fd is not None and position not in self.closed:
+            second = second_fd_of(self.requests[position])
+            if second >= 0:
+                sqes.set_field(position, kind.second_fd, self._duplicate(second))
+
+    def _duplicate(self, fd: int) -> int:
+        if fd not in self._duplicates:
+            try:
+                self._duplicates[fd] = os.dup(fd)
+            except OSError as exc:
+                if exc.errno != errno.EBADF:
+                    raise
+                return -1  # the step will say so
+        return self._duplicates[fd]
+
+    def _occupy(self, manager: UringIOManager) -> frozenset[tuple[int, str]]:
+        """The directions of sockets that are used: one after the other in a chain, otherwise by one request each.
+
+        Raises:
+            trio.BusyResourceError: not so.
+        """
+        if not self.siblings or not any(kind.direction for kind in self.kinds):
+            return frozenset()
+        users: dict[tuple[int, str], int] = {}
+        chain = 0
+        for position, kind in enumerate([request[0] for request in self.requests]):
+            direction, fd = kind.direction, self.fds[position]
+            if direction is not None and fd >= 0:
+                manager.check_not_busy(direction, fd)
+                if users.setdefault((fd, direction), chain) != chain:
+                    raise trio.BusyResourceError(f"another operation of the batch uses this fd to {direction}")
+            chain += position not in self.links
+        return frozenset(users)
+
+    def finish(self, manager: UringIOManager) -> None:
+        """It is over: descriptors that were its own are closed."""
+        for fd in self._duplicates.values():
+            close_result(fd, None)
+        if self.places:
+            manager.return_places([*self.places.values()])
+
+
+class Chain:
+    """Operations of a batch that follow one another. Made by `Batch.chain` and `trio_uring.lowlevel.chain`.
+
+    Each step starts when the one before is done. If one fails, or reads or writes less than it was asked to, those behind
+    it are not done: their results are `ChainBrokenError`, and a file that an earlier step opened is closed::
+
+        chain = lowlevel.chain()
+        file = chain.direct(lowlevel.openat, path, os.O_RDONLY)
+        chain.add_hard(lowlevel.read, file, buffer, 0)  # a short read is no reason not to close
+        chain.add(lowlevel.close, file)
+        _, count, _ = await chain.run()
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._next = -1  # position of the next step
+        self._link = SQE_IO_LINK
+
+    def add(self, operation: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> int:
+        """Adds a step, as `Batch.add`. If it fails, or comes short, the steps behind it are not done."""
+        return self._add(SQE_IO_LINK, filler_of(operation)(*args, **kwargs))
+
+    def add_hard(self, operation: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> int:
+        """Adds a step, as `Batch.add`. The step behind it is done whatever comes of it."""
+        return self._add(SQE_IO_HARDLINK, filler_of(operation)(*args, **kwargs))
+
+    def direct(self, operation: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> DirectFile:
+        """Adds a step that opens a file or a socket, as `add`, but as a direct descriptor. Linux 5.15.
+
+        Args:
+            operation: ``openat``, ``openat2``, ``socket`` or ``accept``.
+            args, kwargs: its arguments.
+
+        Returns:
+            what stands for the fd in later steps. The step's result is None. If none of them closes it, the batch does.
+        """
+        file = DirectFile(next(_file_numbers))
+        self._batch._files[file] = self._add(SQE_IO_LINK, _as_direct(filler_of(operation)(*args, **kwargs), file))
+        return file
+
+    def _add(self, link: int, request: tuple[Any, ...]) -> int:
+        batch = self._batch
+        requests = batch._requests
+        position = len(requests)
+        try:
+            if position == self._next:
+                batch._links[position - 1] = self._link
+            elif self._next >= 0 and type(requests) is not _Spent:
+                raise RuntimeError("the steps of a chain are added one after the other, with nothing between them")
+            requests.append(request)
+        except RuntimeError:
+            del request  # a traceback keeps this frame
+            raise
+        self._next = position + 1
+        self._link = link
+        return position
+
+    async def run(self) -> list[Any]:
+        """Runs the batch the chain belongs to; see `Batch.run`."""
+        return await self._batch.run()
+
+
+def batch() -> Batch:
+    """A new `Batch`: many operations, one submission, one wake-up.
+
+    Raises:
+        UnavailableError: this run has no ring.
+    """
+    return Batch()
+
+
+def chain() -> Chain:
+    """A `Chain` in a batch of its own: operations that the kernel does one after the other, with one wake-up.
+
+    Raises:
+        UnavailableError: this run has no ring.
+    """
+    return Batch().chain()
