@@ -1,16 +1,17 @@
 """Multishot operations as async iterators, and the buffers they receive into.
 
-The data path: the first ``__anext__`` arms the operation. Each of its CQEs is queued here, by the tick that reaps it; the task
-takes them one by one. Buffers are the kernel's until it fills one, then the queue's, and the consumer's copy frees it.
+The data path: the first ``__anext__`` arms the operation. Each of its CQEs is queued here, by the tick that reaps it;
+the task takes them one by one. Buffers are the kernel's until it fills one, then the queue's, and the consumer's copy
+frees it.
 
 Facts, and what follows from them:
 
-* **It ends silently**: with a CQE that lacks F_MORE, a good result perhaps (the completion queue was full, say). The next
-  ``__anext__`` arms it again.
-* **The kernel gives no backpressure.** Accepted connections would pile up without end; so with more than ``limit`` results
-  queued the operation is cancelled, and armed again when half of them are taken. Receives are bounded by
-  their buffers: without one the operation ends with ENOBUFS, the data stays in the socket, and the peer is pushed back. It is armed
-  again when half of the buffers are free, lest each free one cost an ENOBUFS.
+* **It ends silently**: with a CQE that lacks F_MORE, a good result perhaps (the completion queue was full, say). The
+  next ``__anext__`` arms it again.
+* **The kernel gives no backpressure.** Accepted connections would pile up without end; so with more than ``limit``
+  results queued the operation is cancelled, and armed again when half of them are taken. Receives are bounded by their
+  buffers: without one the operation ends with ENOBUFS, the data stays in the socket, and the peer is pushed back. It
+  is armed again when half of the buffers are free, lest each free one cost an ENOBUFS.
 * **A cancel may be overtaken by results.** So leaving waits for the last CQE; only then is it known what has come.
 * **A receive ends on an empty datagram as it does at the end of a stream**: the type of the socket tells which it was.
 """
@@ -124,8 +125,8 @@ TIMEOUT = _row(
 class BufferPool:
     """Buffers for multishot receives: the kernel takes one when there is data, not one for each receive that waits.
 
-    Several receives of one run may share a pool; a slow one then keeps buffers from the others. Use as a context manager,
-    around the receives::
+    Several receives of one run may share a pool; a slow one then keeps buffers from the others. Use as a context
+    manager, around the receives::
 
         with lowlevel.BufferPool(64, 4096) as pool:
             async with lowlevel.recv_multishot(sock, pool) as chunks: ...
@@ -133,8 +134,8 @@ class BufferPool:
     Args:
         count: how many, a power of two up to 32768.
         size: bytes of each; no chunk is larger.
-        incremental: several receives may share a buffer until it is full, where the kernel can do that (Linux 6.12). Small
-            messages then use little memory.
+        incremental: several receives may share a buffer until it is full, where the kernel can do that (Linux 6.12).
+            Small messages then use little memory.
 
     Raises:
         ValueError: ``count`` or ``size`` out of range.
@@ -242,9 +243,9 @@ class BufferPool:
 class Multishot(Generic[T]):
     """The results of a multishot operation: an async context manager, and inside of it an async iterator.
 
-    One task iterates. A result that has come is never lost by a cancel: the next ``__anext__`` has it. `stop` ends
-    the operation, and what has come by then can still be iterated. Leaving the context ends it, too, and cleans up what nobody
-    took: connections are closed, data is kept in `leftover`.
+    One task iterates. A result that has come is never lost by a cancel: the next ``__anext__`` has it. `stop` ends the
+    operation, and what has come by then can still be iterated. Leaving the context ends it, too, and cleans up what
+    nobody took: connections are closed, data is kept in `leftover`.
 
     Attributes:
         leftover: after the end of the context, data that had come and was not taken.
@@ -501,8 +502,8 @@ class Ticks(Multishot[int]):
 
 
 class BufferView:
-    """A chunk in the kernel's own buffer: a context manager that gives a `memoryview`. Afterwards the kernel may use the
-    buffer again.
+    """A chunk in the kernel's own buffer: a context manager that gives a `memoryview`. Afterwards the kernel may use
+    the buffer again.
 
     Raises (at the end of the context):
         BufferError: a slice of the memoryview is still in use. The buffer is then not given back.
@@ -602,8 +603,8 @@ class Chunks(_Received[bytes]):
 
 
 class Views:
-    """Chunks in the kernel's own buffers. A buffer whose view is in use is not the kernel's to fill: who keeps all of them
-    stops the receive.
+    """Chunks in the kernel's own buffers. A buffer whose view is in use is not the kernel's to fill: who keeps all of
+    them stops the receive.
     """
 
     def __init__(self, chunks: Chunks) -> None:
@@ -670,7 +671,8 @@ def _is_stream(fd: int) -> bool:
 
 
 def accept_multishot(fd: int | HasFileno, flags: int = 0, *, limit: int = 64) -> Connections:
-    """Accepts connections: an async context manager, and an async iterator of fds. IORING_OP_ACCEPT, multishot, Linux 5.19.
+    """Accepts connections: an async context manager, and an async iterator of fds. IORING_OP_ACCEPT, multishot, Linux
+    5.19.
 
     Args:
         fd: a listening socket.
@@ -701,8 +703,8 @@ def recv_multishot(fd: int | HasFileno, pool: BufferPool | None = None, *, flags
 def recvmsg_multishot(
     fd: int | HasFileno, pool: BufferPool | None = None, *, ancbufsize: int = 0, flags: int = 0, limit: int = 256
 ) -> Messages:
-    """Receives messages with ancillary data and the sender's address: an async context manager, and an async iterator of
-    ``(data, ancdata, flags, address)``. IORING_OP_RECVMSG, multishot, Linux 6.0.
+    """Receives messages with ancillary data and the sender's address: an async context manager, and an async iterator
+    of ``(data, ancdata, flags, address)``. IORING_OP_RECVMSG, multishot, Linux 6.0.
 
     Args:
         fd: a socket.
@@ -735,8 +737,8 @@ def poll_multishot(fd: int | HasFileno, events: int) -> Events:
         fd: anything poll(2) takes.
         events: ``select.POLLIN`` and so on.
 
-    It is triggered by edges: an item comes when something has happened, with what holds then. Events that come before the
-    last were taken are added to them.
+    It is triggered by edges: an item comes when something has happened, with what holds then. Events that come before
+    the last were taken are added to them.
     """
     return Events(POLL, number_of(fd), 1 << 30, op_flags=events, length=POLL_ADD_MULTI)
 

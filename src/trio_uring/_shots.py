@@ -1,13 +1,13 @@
 """The life of a multishot operation: one submission, many results.
 
-It goes through the states of any other, and may do so many times: a multishot operation ends when the kernel likes, silently,
-and is armed again. What is different:
+It goes through the states of any other, and may do so many times: a multishot operation ends when the kernel likes,
+silently, and is armed again. What is different:
 
-* **It is nobody's to wait for.** Its CQEs go to a receiver; a task that waits for the next result waits there, and lets go at
-  once. The operation goes on meanwhile.
+* **It is nobody's to wait for.** Its CQEs go to a receiver; a task that waits for the next result waits there, and
+  lets go at once. The operation goes on meanwhile.
 * **A CQE with F_MORE is a result like any other**; the one without is the last, and may be a result, too.
-* **It stays among the operations of its fd from `open` to `release`**, armed or not: its side of a socket is taken, and it hears
-  when the fd is closed.
+* **It stays among the operations of its fd from `open` to `release`**, armed or not: its side of a socket is taken,
+  and it hears when the fd is closed.
 """
 
 from __future__ import annotations

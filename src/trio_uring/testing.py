@@ -319,9 +319,9 @@ class SimulatedRing(SubmissionQueue):
         res = self._own_result(entry) if request.ending is None else request.ending
         if entry.opcode in _READS and res > 0:
             ffi.memmove(ffi.cast("char *", entry.addr), bytes([PATTERN]) * res, res)
-        self._go_on_with_chain(request, res)
         if entry.opcode == Opcode.SEND_ZC and (res >= 0 or self._one_of((False, True))):
             self._post(entry, res, CQE_F_MORE)
+            self._go_on_with_chain(request, res)
             request.only_notification_left = True
             request.delay = self._delay() - 1
             if request.delay < 0:  # both in one tick
@@ -329,6 +329,7 @@ class SimulatedRing(SubmissionQueue):
         else:
             self._requests.remove(request)
             self._post(entry, res, 0)
+            self._go_on_with_chain(request, res)
 
     def _go_on_with_chain(self, request: _Request, res: int) -> None:
         steps, request.steps = request.steps, []

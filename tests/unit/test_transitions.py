@@ -14,6 +14,7 @@ from trio_uring._abi import CQE_F_MORE, CQE_F_NOTIF, Opcode
 from trio_uring._cancel import TRANSITIONS, Event, Kind, Operation, State
 from trio_uring._core import POLL_IN
 from trio_uring._ring import SubmissionQueue
+from trio_uring._shots import Shots
 
 if TYPE_CHECKING:
     from trio.lowlevel import Task
@@ -93,14 +94,19 @@ WAYS = {
     State.DETACHED: (Event.STAGE, Event.SUBMIT, Event.ABANDON),
     State.SETTLED: (Event.STAGE, Event.SUBMIT, Event.LAST_CQE),
 }
-ROWS = [(state, event, after) for state, row in TRANSITIONS.items() for event, after in row.items()]
+# What happens to an operation with one result.
+ONE_RESULT = {
+    state: {event: after for event, after in row.items() if event is not Event.SHOT}
+    for state, row in TRANSITIONS.items()
+}
+ROWS = [(state, event, after) for state, row in ONE_RESULT.items() for event, after in row.items()]
 # `perform` stages only what it takes from the pool, and submitting knows nothing of operations.
 NO_ROWS = [
     (state, event)
     for state in State
     for event in Event
     if event not in TRANSITIONS[state]
-    and event not in (Event.STAGE, Event.SUBMIT, Event.RELEASE)
+    and event not in (Event.STAGE, Event.SUBMIT, Event.RELEASE, Event.SHOT)
     and (state, event) != (State.STAGED, Event.LAST_CQE)  # nobody looks: what the kernel has not got it cannot answer
 ]
 
@@ -157,7 +163,7 @@ def test_a_cqe_for_a_former_life_is_an_error(state: State) -> None:
 
 @pytest.mark.parametrize("state", State)
 def test_an_operation_is_in_the_pool_exactly_when_it_is_idle(state: State) -> None:
-    for event, after in TRANSITIONS[state].items():
+    for event, after in ONE_RESULT[state].items():
         life = life_in(state, kind_for(event))
         life.happens(event)
         was_taken = state is not State.IDLE
@@ -167,7 +173,7 @@ def test_an_operation_is_in_the_pool_exactly_when_it_is_idle(state: State) -> No
 @pytest.mark.parametrize("state", State)
 def test_memory_is_held_exactly_while_the_kernel_may_use_it(state: State) -> None:
     held = {State.STAGED, State.IN_FLIGHT, State.CANCELLING, State.NOTIFYING, State.DETACHED}
-    for event, after in TRANSITIONS[state].items():
+    for event, after in ONE_RESULT[state].items():
         life = life_in(state, kind_for(event))
         life.happens(event)
         assert (life.operation.pin is not None) == (after in held)
@@ -176,7 +182,7 @@ def test_memory_is_held_exactly_while_the_kernel_may_use_it(state: State) -> Non
 @pytest.mark.parametrize("state", State)
 def test_a_task_waits_in_these_states(state: State) -> None:
     waits = {State.STAGED, State.IN_FLIGHT, State.CANCELLING}
-    for event, after in TRANSITIONS[state].items():
+    for event, after in ONE_RESULT[state].items():
         life = life_in(state, kind_for(event))
         before = len(life.manager.woken)
         life.happens(event)
@@ -229,3 +235,90 @@ def test_a_result_nobody_takes_is_disposed_of(outcome: str) -> None:
     operation.abandon()
     assert disposed == ([(RESULT, keep)] if "abandoned" in outcome else [])
     assert operation.keep is None
+
+
+# Multishot
+
+
+class Receiver:
+    """A receiver that takes notes."""
+
+    def __init__(self) -> None:
+        self.received: list[tuple[int, int]] = []
+        self.discarded: list[tuple[int, int]] = []
+        self.closed = 0
+        self.forsaken = 0
+
+    def receive(self, res: int, flags: int) -> None:
+        self.received.append((res, flags))
+
+    def discard(self, res: int, flags: int) -> None:
+        self.discarded.append((res, flags))
+
+    def fd_closed(self) -> None:
+        self.closed += 1
+
+    def forsake(self) -> None:
+        self.forsaken += 1
+
+
+class MultishotLife:
+    """One multishot operation, armed and submitted."""
+
+    def __init__(self) -> None:
+        self.manager = Manager()
+        self.receiver = Receiver()
+        borrowed = Operation(5, self.manager, [], ())
+        self.shots = Shots(self.manager, borrowed, kind(Opcode.ACCEPT), 3, self.receiver)
+        self.arm()
+        self.manager.ring._consumed(self.manager.ring.staged)
+
+    def arm(self) -> None:
+        self.shots.arm(lambda token: self.manager.ring.stage(Opcode.ACCEPT, 3, 0, 0, 0, 0, token))
+
+
+@pytest.mark.parametrize("state", [state for state, row in TRANSITIONS.items() if Event.SHOT in row])
+def test_a_shot_changes_no_state_and_reaches_whoever_is_there(state: State) -> None:
+    life = MultishotLife()
+    if state is State.CANCELLING:
+        life.shots.stop()
+    elif state is State.DETACHED:
+        life.shots.abandon()
+    life.shots.complete(life.shots.token, RESULT, CQE_F_MORE)
+    assert life.shots.state is TRANSITIONS[state][Event.SHOT] is state
+    notes = life.receiver.discarded if state is State.DETACHED else life.receiver.received
+    assert notes == [(RESULT, CQE_F_MORE)]
+    life.shots.complete(life.shots.token, -125, 0)
+    assert not life.shots.armed
+    assert notes[1:] == [(-125, 0)]
+    assert life.manager.cancels_asked == (state is not State.IN_FLIGHT)
+
+
+def test_a_multishot_operation_has_many_lives() -> None:
+    life = MultishotLife()
+    first = life.shots.token
+    life.shots.complete(first, RESULT, 0)
+    assert not life.shots.armed
+    with pytest.raises(RingError):
+        life.shots.complete(first, RESULT, 0)
+    life.arm()
+    with pytest.raises(RingError, match="former life"):
+        life.shots.complete(first, RESULT, 0)
+    assert life.shots.state is State.STAGED
+    assert not life.shots.stop()
+    assert life.manager.ring.staged == life.manager.cancels_asked == 0
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_multishot_operation_hears_that_its_fd_is_closed(staged: bool) -> None:
+    life = MultishotLife()
+    if staged:
+        life.shots.complete(life.shots.token, RESULT, 0)
+        life.arm()
+    life.shots.fd_closing(3)
+    assert life.receiver.closed == 1
+    assert life.shots.armed is not staged
+    assert life.manager.cancels_asked == (not staged)
+    life.shots.abandon()
+    assert life.receiver.forsaken == 1
+    assert life.manager.cancels_asked == (not staged)

@@ -59,7 +59,7 @@ class OperationTable(SphinxDirective):
             )
             for kind in TABLE.values()
         ]
-        head = ("function", "what it does", "opcode", "Linux", "result", "done", "cancellable", "before that", "manual page")
+        head = ("function", "what it does", "opcode", "Linux", "result", "done", "cancellable", "before", "man page")
         return self.parse_text_to_nodes(list_table("12 18 12 6 7 15 9 10 21", head, rows))
 
 
