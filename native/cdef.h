@@ -48,6 +48,8 @@ int tu_flush(struct tu_ring *r, const void *staged, unsigned n);
 int tu_pending(struct tu_ring *r);
 int tu_register_eventfd(struct tu_ring *r, int fd);
 int tu_set_job(struct tu_ring *r, unsigned slot, struct tu_job *job);
+void tu_fill(void *sqes, unsigned n, unsigned head, const int32_t *fds, const int64_t *offsets, void **addresses,
+             const uint32_t *lengths, const uint32_t *op_flags);
 void tu_stage_job(void *staging, const void *entries, unsigned n, int64_t token);
 int tu_register_files(struct tu_ring *r, unsigned n);
 int tu_clear_files(struct tu_ring *r, const int *places, unsigned n);

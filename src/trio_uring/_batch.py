@@ -1,20 +1,21 @@
 """Batches and chains: many operations, one submission, one wake-up.
 
-The data path: `Batch.add` keeps what the operation's filler says (see `_ops`). `Batch.run` borrows as many slots as there are
-operations, writes all SQEs in one loop, has them copied to where the next tick submits from, and parks. The kernel's answers
-go into an array in C; when the last has come the task wakes, once. What an operation costs in Python is its SQE.
+The data path: `Batch.add` keeps what the operation's filler says (see `_ops`). `Batch.run` borrows as many slots as
+there are operations, writes all SQEs in one loop, has them copied to where the next tick submits from, and parks. The
+kernel's answers go into an array in C; when the last has come the task wakes, once. What an operation costs in Python
+is its SQE.
 
-Who owns what: the batch owns the requests, and with them the memory they name, until it runs; then the `Job` does, until
-the last CQE. The caller owns the results.
+Who owns what: the batch owns the requests, and with them the memory they name, until it runs; then the `Job` does,
+until the last CQE. The caller owns the results.
 
-A chain is a run of linked SQEs in a batch. The kernel starts each step when the one before is done, without a way back to
-Python. Between its steps a file can go by a *direct descriptor*: a place in a table of the ring's instead of a number
-of the process, known before the file is opened. Kernel facts that decide the rest:
+A chain is a run of linked SQEs in a batch. The kernel starts each step when the one before is done, without a way back
+to Python. Between its steps a file can go by a *direct descriptor*: a place in a table of the ring's instead of a
+number of the process, known before the file is opened. Kernel facts that decide the rest:
 
 * A failed step cancels those behind it, and so does a short read or write; not where the link is a hard one.
 * A chain ends where a submission ends, so it cannot be longer than the submission queue.
-* The kernel resolves the fd of a step when its turn comes, and by then the number may be another file's. Steps behind the
-  first name a duplicate that nobody else can close.
+* The kernel resolves the fd of a step when its turn comes, and by then the number may be another file's. Steps behind
+  the first name a duplicate that nobody else can close.
 * What of a chain's direct descriptors is open at its end is closed here, however it ends.
 """
 
@@ -26,6 +27,7 @@ import os
 import struct
 from dataclasses import replace
 from itertools import count, starmap
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 import trio
@@ -65,6 +67,9 @@ _NEED_A_NUMBER: Final = {EPOLL_CTL, WAITID}
 _file_numbers: Final = count(-(1 << 40), -1)
 
 
+_kind_of: Final = itemgetter(0)
+
+
 class DirectFile(int):
     """A file that a chain opens without an fd. It stands for one in later steps of its batch, and nowhere else:
     its value fits no field for an fd.
@@ -83,7 +88,7 @@ def _direct_form(kind: Kind[Any]) -> Kind[None]:
 
 
 def _as_direct(request: tuple[Any, ...], file: DirectFile) -> tuple[Any, ...]:
-    """The same request, when what it opens becomes a direct descriptor: not closed at exec, as none is ever left then."""
+    """The same request, when what it opens becomes a direct descriptor: no flag for exec, as none is left by then."""
     kind, fd, off, pin, length, op_flags, keep, filename, addr, via, _ = whole(request)
     if kind.cloexec == "op_flags":
         op_flags &= ~os.O_CLOEXEC
@@ -159,8 +164,8 @@ class Batch:
     async def run(self) -> list[Any]:
         """Submits everything, waits for everything, and returns the results in the order of `add`.
 
-        A result is what the operation's own function would have returned, or, not raised, the exception. EINTR and EAGAIN
-        are tried again, as in single operations, but not in a chain.
+        A result is what the operation's own function would have returned, or, not raised, the exception. EINTR and
+        EAGAIN are tried again, as in single operations, but not in a chain.
 
         Cancelled, it cancels all that is left. If nothing had been done it raises `trio.Cancelled`; otherwise it
         returns, with ``OSError(ECANCELED)`` for what was not done, and the next checkpoint raises.
@@ -275,10 +280,10 @@ class Batch:
         """
         total, links = len(requests), self._links
         most = min(self._manager.max_in_flight, MAX_REQUESTS)
-        if not links and not self._files and total <= most:
-            return [_Part(requests[:], {}, ())]
         longest = min(most, self._manager.ring.entries[0])
         most_direct = max(1, min(_MAX_DIRECT_PER_PART, self._manager.max_direct // 4))
+        if total <= (longest if links else most) and len(self._files) <= most_direct:
+            return [_Part(requests[:], links, self._files)]
         opens = {*self._files.values()}
         parts = []
         start = first = direct = direct_in_chain = 0
@@ -366,7 +371,7 @@ class _Part:
         self.requests = requests
         self.links = links
         self.files = files
-        self.kinds: set[Kind[Any]] = {request[0] for request in requests}
+        self.kinds: set[Kind[Any]] = set(map(_kind_of, requests))
         self.fds: list[int] = []  # that of each request, negative for none
         self.closed: set[int] = set()  # positions whose fd has been closed
         self.places: dict[DirectFile, int] = {}  # in the ring's table
@@ -407,6 +412,8 @@ class _Part:
         """
         sqes = SQEs(len(self.requests))
         memory, pointers = sqes.views()
+        if len(self.kinds) == 1 and not self.links and self._fill_alike(sqes):
+            return sqes
         links, fds, places = self.links, self.fds, self.places
         request: tuple[Any, ...] = ()
         at, address_at = 0, SQE_ADDR_AT
@@ -454,6 +461,22 @@ class _Part:
             request = pin = None  # type: ignore[assignment]  # a traceback keeps this frame
         return sqes
 
+    def _fill_alike(self, sqes: SQEs) -> bool:
+        """As `fill`, in C, where requests are of one kind and have nothing out of the ordinary; or it does nothing."""
+        try:
+            kinds, fds, offsets, pins, lengths, op_flags = zip(*self.requests, strict=True)
+            if lengths.count(-1) == len(lengths):
+                lengths = tuple(map(len, pins))
+            if max(lengths) > MAX_RW_COUNT:
+                return False
+            sqes.fill_alike(kinds[0].head, fds, offsets, pins, lengths, op_flags)
+        except (TypeError, ValueError, OverflowError):  # there is something out of the ordinary
+            return False
+        finally:
+            pins = ()  # a traceback keeps this frame
+        self.fds.extend(fds)
+        return True
+
     def make_job(self, manager: UringIOManager, borrowed: Sequence[Operation], sqes: SQEs) -> Job:
         """What has to happen just before it is submitted, and the job.
 
@@ -471,7 +494,7 @@ class _Part:
                 if fd >= 0 and kind.prelude is not None:
                     kind.prelude(manager, fd)
             self.siblings = {fd: manager.siblings_of(fd) for fd in self.siblings}
-        plain = all(kind.decode is None for kind in self.kinds)
+        plain = not any(kind.decode for kind in self.kinds)
         job = Job(manager, borrowed, self.requests, self.fds, self.links, occupied, self.closed, plain, self.finish)
         job.siblings = list(self.siblings.values())
         self.requests = []
@@ -544,8 +567,8 @@ class _Part:
 class Chain:
     """Operations of a batch that follow one another. Made by `Batch.chain` and `trio_uring.lowlevel.chain`.
 
-    Each step starts when the one before is done. If one fails, or reads or writes less than it was asked to, those behind
-    it are not done: their results are `ChainBrokenError`, and a file that an earlier step opened is closed::
+    Each step starts when the one before is done. If one fails, or reads or writes less than it was asked to, those
+    behind it are not done: their results are `ChainBrokenError`, and a file that an earlier step opened is closed::
 
         chain = lowlevel.chain()
         file = chain.direct(lowlevel.openat, path, os.O_RDONLY)

@@ -48,7 +48,7 @@ from ._abi import Opcode
 from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State, closed_error
 from ._errors import RingError, UnavailableError, locked_memory_error, unsupported
 from ._job import Job
-from ._ring import Ring, RingConfig, ffi
+from ._ring import BufferRing, Ring, RingConfig, ffi
 from ._shots import Shots
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from trio.lowlevel import Abort, RaiseCancelT, Task
 
-    from ._ring import BufferRing, SubmissionQueue
+    from ._ring import SubmissionQueue
     from ._shots import Receiver
 
 T = TypeVar("T")
@@ -239,11 +239,13 @@ class _Notices:
         self._slots = slots
 
     def complete(self, token: int, res: int, flags: int) -> None:
-        """Nothing depends on them, but that a cancel may have come too early for a step of a chain."""
-        if res == -errno.ENOENT:
-            job = self._slots[token >> 2 * INDEX_BITS]
-            if isinstance(job, Job):
-                job.cancel_missed(token >> INDEX_BITS & INDEX_MASK)
+        """Nothing depends on them, but that a cancel may have come too early for a step of a chain, or between two
+        shots of a multishot operation.
+        """
+        if res == -errno.ENOENT or res == -errno.EALREADY:
+            operation = self._slots[token >> 2 * INDEX_BITS]
+            if isinstance(operation, Shots) or (isinstance(operation, Job) and res == -errno.ENOENT):
+                operation.cancel_missed(token >> INDEX_BITS & INDEX_MASK)
 
 
 class _Wakeup:
@@ -566,10 +568,10 @@ class UringIOManager:
             pin = keep = None  # a traceback keeps this frame
             raise
         if without_ring:
-            yield from trio.lowlevel.checkpoint().__await__()
+            yield from trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105
             return self.fall_back(kind, fd, off, pin, length, op_flags, keep, via)
         if kind.prelude is not None:
-            yield from trio.lowlevel.checkpoint_if_cancelled().__await__()
+            yield from trio.lowlevel.checkpoint_if_cancelled().__await__()  # noqa: ASYNC105
             kind.prelude(self, fd)
         siblings = self._by_fd.get(fd)
         if siblings is None:
@@ -641,6 +643,11 @@ class UringIOManager:
         except BaseException:
             pin = keep = res = None  # a traceback keeps this frame
             raise
+
+    @property
+    def closed(self) -> bool:
+        """Is the run over?"""
+        return self._closed
 
     @property
     def lacks_any(self) -> bool:
@@ -926,9 +933,14 @@ class UringIOManager:
         self.ring.update_buffer(index, 0, 0)
         self._free_buffers.append(index)
 
-    def new_buffer_group(self) -> int:
-        """A number for a ring of provided buffers."""
-        return self._free_groups.pop() if self._free_groups else next(self._buffer_groups)
+    def open_buffers(self, count: int, size: int, *, incremental: bool) -> BufferRing:
+        """Buffers the kernel takes from; see `BufferRing`."""
+        group = self._free_groups.pop() if self._free_groups else next(self._buffer_groups)
+        try:
+            return BufferRing(self.ring, count, size, group, incremental=incremental)
+        except BaseException:
+            self._free_groups.append(group)
+            raise
 
     def close_buffers(self, buffers: BufferRing) -> None:
         """No receive uses them any more."""

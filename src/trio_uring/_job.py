@@ -2,17 +2,17 @@
 
 Facts, and what follows from them:
 
-* **Waking a task is what costs.** So the ring counts a job's CQEs off in C and Python hears of the last one. The job is one
-  `Operation` to its task and to the I/O manager: the same states, the same rules, and its last CQE is that of the
-  last of its requests.
-* **It is many to the kernel**, and so to a cancel: each request that has had no CQE is asked for by its own token, and its own
-  CQE decides. What has completed keeps its result.
-* **What follows in a chain cannot be cancelled before it has begun**: the kernel does not find it. So while requests are
-  unwanted, the ring reports each CQE, and the next of that chain is asked for then. It may still be too early: the kernel
-  begins a step some time after the CQE of the one before. So a cancel that finds no such step is repeated.
+* **Waking a task is what costs.** So the ring counts a job's CQEs off in C and Python hears of the last one. The job
+  is one `Operation` to its task and to the I/O manager: the same states, the same rules, and its last CQE is that of
+  the last of its requests.
+* **It is many to the kernel**, and so to a cancel: each request that has had no CQE is asked for by its own token, and
+  its own CQE decides. What has completed keeps its result.
+* **What follows in a chain cannot be cancelled before it has begun**: the kernel does not find it. So while requests
+  are unwanted, the ring reports each CQE, and the next of that chain is asked for then. It may still be too early: the
+  kernel begins a step some time after the CQE of the one before. So a cancel that finds no such step is repeated.
 * **A request that is staged when its fd is closed** stays where it is, for the sake of its chain, and names no file.
-* **A linked request's fd is looked up when its turn comes**, long after the submission. A number could be another file's by
-  then. So steps behind the first name a duplicate that is the job's own (see `_batch`).
+* **A linked request's fd is looked up when its turn comes**, long after the submission. A number could be another
+  file's by then. So steps behind the first name a duplicate that is the job's own (see `_batch`).
 * **A job counts as many against the cap as it has requests**: it borrows their slots, and stands in the first one.
 """
 
@@ -335,8 +335,8 @@ class Job(Operation):
                 first = position + 1
 
     def _broken_by(self, results: list[int], first: int, end: int) -> int | None:
-        """The step for which the kernel cancelled others: for its failure or short transfer those behind it, or all of the
-        chain if it could not make sense of it. None if there is none.
+        """The step for which the kernel cancelled others: for its failure or short transfer those behind it, or all of
+        the chain if it could not make sense of it. None if there is none.
         """
         for position in range(first, end):
             if results[position] != _CANCELLED or position in self.unwanted or position in self._cancelled_by_fd:

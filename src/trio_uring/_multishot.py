@@ -14,6 +14,8 @@ Facts, and what follows from them:
   is armed again when half of the buffers are free, lest each free one cost an ENOBUFS.
 * **A cancel may be overtaken by results.** So leaving waits for the last CQE; only then is it known what has come.
 * **A receive ends on an empty datagram as it does at the end of a stream**: the type of the socket tells which it was.
+* **What is left of a buffer may be too small for a message**: it would be cut (or refused, with EFAULT, if not even its
+  header fits). So only stream sockets share buffers; a pipe does not tell whether it is one of packets.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ from ._cancel import Kind, State, closed_error
 from ._core import HasFileno, _this_thread, number_of
 from ._errors import INTERRUPTED, os_error
 from ._ops import close_result
-from ._ring import BufferRing
+from ._ring import ffi
 from ._sockaddr import Ancillary, decode_address, decode_ancillary, descriptors
-from ._structs import STORAGE_SIZE, multishot_header, timespec
+from ._structs import STORAGE_SIZE, multishot_header, timespec, unsigned
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -134,8 +136,9 @@ class BufferPool:
     Args:
         count: how many, a power of two up to 32768.
         size: bytes of each; no chunk is larger.
-        incremental: several receives may share a buffer until it is full, where the kernel can do that (Linux 6.12).
-            Small messages then use little memory.
+        incremental: several receives share a buffer until it is full, where the kernel can do that (Linux 6.12). Small
+            portions then use little memory. Only for stream sockets: the rest of a buffer may be too small for a
+            message.
 
     Raises:
         ValueError: ``count`` or ``size`` out of range.
@@ -143,14 +146,17 @@ class BufferPool:
         UnsupportedOperation: the kernel has no buffer rings (Linux 5.19 brought them).
     """
 
-    def __init__(self, count: int, size: int, *, incremental: bool = True) -> None:
+    @enable_ki_protection
+    def __init__(self, count: int, size: int, *, incremental: bool = False) -> None:
         if not 1 <= count <= 32768 or count & (count - 1):
             raise ValueError(f"count must be a power of two from 1 to 32768, not {count}")
         if not 1 <= size <= 1 << 30:
             raise ValueError(f"size must be 1 to {1 << 30} bytes, not {size}")
         manager = _this_thread.manager.require(RECV)
         self._manager = manager
-        self._ring = BufferRing(manager.ring, count, size, manager.new_buffer_group(), incremental=incremental)
+        self.incremental: Final = incremental
+        self._ring = manager.open_buffers(count, size, incremental=incremental)
+        self._token = trio.lowlevel.current_trio_token()
         self._users = [0] * count  # chunks of each buffer that wait to be taken
         self._filled = [False] * count  # is it ours?
         self._free: list[int] = []  # ours, and of no use to anybody: to be given back
@@ -183,21 +189,30 @@ class BufferPool:
         buffer, start, ours = self._ring.take(flags, res)
         self._users[buffer] += 1
         self._filled[buffer] = ours
-        return buffer, self._ring.view[start : start + res]
+        return buffer, self._ring.view[start : start + min(res, self.size)]  # with MSG_TRUNC, res is what it would be
 
     def release(self, buffer: int) -> None:
         """One chunk of the buffer is no longer needed."""
         self._users[buffer] -= 1
         if self._filled[buffer] and not self._users[buffer]:
             self._free.append(buffer)
-            if self._starving:
+            if 2 * len(self._free) >= self.count:
+                self.provide()
+            if self._starving and not self._manager.closed:
                 starving, self._starving = self._starving, {}
                 for stream in starving:
                     stream.wake()
 
+    def release_later(self, buffer: int) -> None:
+        """As `release`, from wherever a view is collected."""
+        try:
+            self._token.run_sync_soon(self.release, buffer)
+        except trio.RunFinishedError:
+            pass
+
     def provide(self) -> None:
         """Gives the kernel what is free."""
-        if self._free and not self._closed:
+        if self._free and not self._closed and not self._manager.ring.forked:  # a child shares the memory
             free, self._free = self._free, []
             for buffer in free:
                 self._filled[buffer] = False
@@ -207,21 +222,28 @@ class BufferPool:
         """Has the stream be woken when there is a buffer for it."""
         self._starving[stream] = None
 
-    def join(self, stream: Multishot[Any]) -> None:
-        """The stream receives into the pool from now on."""
+    def check_usable(self) -> None:
+        """Raises ValueError if nothing can be received into it here and now."""
         if self._closed:
             raise ValueError("this pool is closed")
         if self._manager is not _this_thread.manager:
             raise ValueError("this pool belongs to another trio run")
+
+    def join(self, stream: Multishot[Any]) -> None:
+        """The stream receives into the pool from now on."""
+        self.check_usable()
         self._streams.add(stream)
 
     def leave(self, stream: Multishot[Any]) -> None:
         """The kernel no longer receives for the stream."""
         self._streams.discard(stream)
         self._starving.pop(stream, None)
+        if self._closed and not self._streams:
+            self._manager.close_buffers(self._ring)
 
+    @enable_ki_protection
     def close(self) -> None:
-        """Frees the memory: at once, or when the last view of a buffer is gone.
+        """Frees the memory: at once, or when the last view of a buffer is gone. Idempotent.
 
         Raises:
             RuntimeError: a receive is using the pool.
@@ -229,9 +251,9 @@ class BufferPool:
         if any(not stream.forsaken for stream in self._streams):
             raise RuntimeError(f"{len(self._streams)} multishot receives use this pool")
         if not self._closed:
-            self._closed = True
-            if not self._streams:  # otherwise the memory lives as long as what the kernel still has
+            if not self._streams:  # otherwise the last to leave does it
                 self._manager.close_buffers(self._ring)
+            self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -266,8 +288,10 @@ class Multishot(Generic[T]):
         self._extra: tuple[int, int, int, int] | None = None
         self._queue: deque[Any] = deque()
         self._shots: Shots | None = None
+        self._entered = False
+        self._iterating = False  # a task is in `_next`
         self._waiting: Task | None = None  # for a result
-        self._ending: Task | None = None  # for the last CQE
+        self._ending: list[Task] = []  # for the last CQE
         self._pausing = False  # a cancel was asked for
         self._finished = False  # the operation is not to be armed again
         self._closed = False
@@ -318,10 +342,12 @@ class Multishot(Generic[T]):
         self._error = res
 
     def discard(self, res: int, flags: int) -> None:
-        """A result has come that nobody will take."""
+        """See `trio_uring._shots.Receiver`."""
         if res >= 0:
             self._enqueue(res, flags)
         self._clear()
+        if not flags & CQE_F_MORE:
+            self._let_go()
 
     def fd_closed(self) -> None:
         """See `trio_uring._shots.Receiver`."""
@@ -331,16 +357,19 @@ class Multishot(Generic[T]):
     def forsake(self) -> None:
         """See `trio_uring._shots.Receiver`."""
         self.forsaken = True
-        self._waiting = self._ending = None
+        self._waiting = None
+        self._ending.clear()
         self._clear()
+        if self._shots is not None and not self._shots.armed:
+            self._let_go()
 
     def wake(self) -> None:
         """Has whoever waits look again."""
         waiting, self._waiting = self._waiting, None
-        ending, self._ending = self._ending, None
-        for task in (waiting, ending):
-            if task is not None:
-                trio.lowlevel.reschedule(task)
+        if waiting is not None:
+            trio.lowlevel.reschedule(waiting)
+        while self._ending:
+            trio.lowlevel.reschedule(self._ending.pop())
 
     # The operation
 
@@ -363,35 +392,43 @@ class Multishot(Generic[T]):
     def __aiter__(self) -> Self:
         return self
 
+    @enable_ki_protection
     async def __anext__(self) -> T:
         return self._make(await self._next())
 
-    @enable_ki_protection
     async def _next(self) -> Any:
         """What comes next, as it is queued."""
         shots = self._shots
         if shots is None:
             raise RuntimeError("a multishot operation is iterated inside of its `async with`")
-        if self._waiting is not None:
+        if self._iterating:
             raise trio.BusyResourceError("another task is already iterating")
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._queue or not self._goes_on():
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        while not self._queue:
-            if self._closed:
-                raise closed_error()
-            if self._error:
-                res, self._error = self._error, 0
-                raise os_error(res)
-            if self._finished and not shots.armed:
-                raise StopAsyncIteration
-            if not shots.armed:
-                self._arm_or_wait()
-            await self._park()
+        self._iterating = True
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            if self._queue or not self._goes_on():
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            while not self._queue:
+                if not shots.armed:
+                    self._arm_or_end()
+                await self._park()
+        finally:
+            self._iterating = False
         item = self._queue.popleft()
         if self._goes_on() and not shots.armed and self._may_be_armed():
             self._arm()
         return item
+
+    def _arm_or_end(self) -> None:
+        """Nothing is queued, and nothing will come."""
+        if self._error:
+            res, self._error = self._error, 0
+            raise os_error(res)
+        if self._closed:
+            raise closed_error()
+        if self._finished:
+            raise StopAsyncIteration
+        self._arm_or_wait()
 
     def _goes_on(self) -> bool:
         return not (self._finished or self._closed or self._error)
@@ -411,49 +448,80 @@ class Multishot(Generic[T]):
         self._waiting = current_task()
         await trio.lowlevel.wait_task_rescheduled(abort)
 
+    @enable_ki_protection
     async def stop(self) -> None:
         """Ends the operation. The iteration goes on with what has come by then, and ends."""
         await trio.lowlevel.checkpoint_if_cancelled()
         await self._end()
 
-    @enable_ki_protection
     async def _end(self) -> None:
         """Stops, and waits for the last CQE, whatever happens."""
         self._finished = True
         shots = self._shots
+        if shots is not None and shots.armed:
+            self._stop()
+        self.wake()  # there may be nothing to wait for any more
         if shots is None or not shots.armed:
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
-        self._stop()
-        while shots.armed:
-            self._ending = current_task()
-            await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        try:
+            while shots.armed:
+                self._ending.append(current_task())
+                await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        except BaseException:  # the coroutine is being closed: its run was torn down
+            shots.abandon()
+            raise
 
     @enable_ki_protection
     async def __aenter__(self) -> Self:
-        if self._shots is not None:
+        if self._entered:
             raise RuntimeError("a multishot operation is entered once")
-        await trio.lowlevel.checkpoint()
-        self._shots = await self._manager.open_shots(self._kind, self._fd, self)
-        self._shots.keep = self
+        self._entered = True
+        try:
+            await trio.lowlevel.checkpoint()
+            shots = await self._manager.open_shots(self._kind, self._fd, self)
+            try:
+                self._begin()
+            except BaseException:
+                self._manager.close_shots(shots)
+                raise
+        except BaseException:
+            self._entered = False
+            raise
+        self._shots = shots
+        shots.keep = self
         return self
+
+    def _begin(self) -> None:
+        """The context has been entered."""
 
     @enable_ki_protection
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         shots = self._shots
+        if self.forsaken:
+            return
         assert shots is not None
-        if kind is GeneratorExit or self.forsaken:  # the run is gone, or going
-            if not self.forsaken:
-                shots.abandon()
-            self._left()
+        if kind is GeneratorExit and not self._can_wait():
+            shots.abandon()
             return
         await self._end()
-        self._manager.close_shots(shots)
-        self._shots = None
+        self._let_go()
         self._clear()
-        self._left()
+        if kind is None:  # otherwise what is on its way is not to be replaced
+            await trio.lowlevel.checkpoint_if_cancelled()
+
+    def _can_wait(self) -> bool:
+        """Is it an asynchronous generator that is being closed, by a task? Otherwise its run is gone."""
+        return _this_thread.manager is self._manager and trio.lowlevel.in_trio_task()
+
+    def _let_go(self) -> None:
+        """The kernel is done with it, for good."""
+        shots, self._shots = self._shots, None
+        if shots is not None:
+            self._manager.close_shots(shots)
+            self._left()
 
     def _left(self) -> None:
         """The context has been left."""
@@ -480,8 +548,10 @@ class Ticks(Multishot[int]):
     """How often a clock has ticked since last asked."""
 
     def __init__(self, seconds: float, count: int) -> None:
+        if not seconds >= _SHORTEST_TICK:
+            raise ValueError(f"seconds must be at least {_SHORTEST_TICK}, not {seconds}")
         super().__init__(TIMEOUT, -1, 1 << 30, pin=timespec(seconds), length=1, op_flags=TIMEOUT_MULTISHOT)
-        self._to_come = count
+        self._to_come = unsigned("count", count)
 
     def _arm(self) -> None:
         _, *fields = self._fields
@@ -506,13 +576,16 @@ class BufferView:
     the buffer again.
 
     Raises (at the end of the context):
-        BufferError: a slice of the memoryview is still in use. The buffer is then not given back.
+        BufferError: a slice of the memoryview is still in use. The buffer is then not given back; `release` it later.
     """
 
-    def __init__(self, pool: BufferPool, buffer: int, memory: memoryview) -> None:
+    def __init__(self, pool: BufferPool, buffer: int | None, chunk: memoryview) -> None:
         self._pool = pool
-        self._buffer: int | None = buffer
-        self._memory = memory
+        self._buffer = -1 if buffer is None else buffer
+        self._had = buffer is not None
+        self._chunk = chunk
+        # A memoryview does not count its slices. But what it views can be told to count its views.
+        self._memory = memoryview(ffi.buffer(ffi.from_buffer(chunk)))
 
     def __enter__(self) -> memoryview:
         return self._memory
@@ -522,28 +595,46 @@ class BufferView:
 
     def release(self) -> None:
         """Gives the buffer back. Idempotent."""
-        if self._buffer is not None:
-            self._memory.release()
-            buffer, self._buffer = self._buffer, None
-            self._pool.release(buffer)
+        if self._take_back():
+            self._pool.release(self._buffer)
+
+    def _take_back(self) -> bool:
+        """Does it have a buffer that nobody looks at any more?"""
+        self._memory.release()
+        self._chunk.release()
+        had, self._had = self._had, False
+        return had
 
     def __del__(self) -> None:
         try:
-            self.release()
-        except BufferError:
+            if self._take_back():
+                self._pool.release_later(self._buffer)
+        except BufferError:  # the pool has to do without it
             pass
 
 
 class _Received(Multishot[T]):
     """What comes in buffers of a pool."""
 
+    _pool: BufferPool
+
     def __init__(self, kind: Kind[Any], fd: int, pool: BufferPool | None, limit: int, **fields: Any) -> None:
         super().__init__(kind, fd, limit, **fields)
-        self._own_pool = BufferPool(_POOL_COUNT, _POOL_SIZE) if pool is None else None
-        self._pool: BufferPool = pool or self._own_pool  # type: ignore[assignment]
+        of_socket = None if kind is READ else _kind_of_socket(fd)
+        self._is_stream = of_socket in (None, socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
+        self._is_of_bytes = kind is RECV and of_socket is socket.SOCK_STREAM
+        self._own_pool = pool is None
+        if pool is not None:
+            pool.check_usable()
+            if pool.incremental and not self._is_of_bytes:
+                raise ValueError("messages cannot share buffers: give a pool with incremental=False")
+            self._pool = pool
+
+    def _begin(self) -> None:
+        if self._own_pool:
+            self._pool = BufferPool(_POOL_COUNT, _POOL_SIZE, incremental=self._is_of_bytes)
         self._pool.join(self)
         self._extra = self._pool.group, 0, 0, 0
-        self._is_stream = kind is READ or _is_stream(fd)
 
     def _enqueue(self, res: int, flags: int) -> None:
         if flags & CQE_F_BUFFER:
@@ -578,10 +669,9 @@ class _Received(Multishot[T]):
             self._pool.release(buffer)
 
     def _left(self) -> None:
-        if not self.forsaken:
-            self._pool.leave(self)
-        if self._own_pool is not None:
-            self._own_pool.close()
+        self._pool.leave(self)
+        if self._own_pool:
+            self._pool.close()
 
 
 class Chunks(_Received[bytes]):
@@ -596,6 +686,7 @@ class Chunks(_Received[bytes]):
         """The same data without a copy: an async iterator of `BufferView`."""
         return Views(self)
 
+    @enable_ki_protection
     async def next_view(self) -> BufferView:
         """As ``__anext__``, without a copy."""
         buffer, memory = await self._next()
@@ -613,6 +704,7 @@ class Views:
     def __aiter__(self) -> Self:
         return self
 
+    @enable_ki_protection
     async def __anext__(self) -> BufferView:
         return await self._chunks.next_view()
 
@@ -625,12 +717,15 @@ class Messages(_Received[Message]):
     """Messages, as `trio_uring.lowlevel.recvmsg` returns them."""
 
     def __init__(self, fd: int, pool: BufferPool | None, limit: int, ancbufsize: int, flags: int) -> None:
-        self._data_at = _RECVMSG_OUT.size + STORAGE_SIZE + ancbufsize
-        super().__init__(RECVMSG, fd, pool, limit, pin=multishot_header(ancbufsize), length=1, op_flags=flags)
-        if self._pool.size <= self._data_at:
+        self._data_at = _RECVMSG_OUT.size + STORAGE_SIZE + unsigned("ancbufsize", ancbufsize)
+        size = _POOL_SIZE if pool is None else pool.size
+        if size <= self._data_at:
             raise ValueError(
-                f"buffers of {self._pool.size} bytes have no room: {self._data_at} are for address and ancillary data"
+                f"buffers of {size} bytes have no room: {self._data_at} are for address and ancillary data"
             )
+        super().__init__(
+            RECVMSG, fd, pool, limit, pin=multishot_header(ancbufsize), length=1, op_flags=unsigned("flags", flags)
+        )
 
     def _is_the_end(self, res: int, flags: int) -> bool:
         if res > self._data_at or not self._is_stream:
@@ -650,22 +745,21 @@ class Messages(_Received[Message]):
         return data, decode_ancillary(control), flags, decode_address(name)
 
     def _clean_up(self, item: Any) -> None:
-        message = self._make(item)
-        received = descriptors(message[1])
-        for fd in received:
+        data, ancdata, flags, address = self._make(item)
+        for fd in descriptors(ancdata):
             close_result(fd, None)
-        if not received:
-            self.leftover.append(message)
+        rest = [each for each in ancdata if each[:2] != (socket.SOL_SOCKET, socket.SCM_RIGHTS)]
+        self.leftover.append((data, rest, flags, address))
 
 
-def _is_stream(fd: int) -> bool:
-    """Does an empty receive mean the end?"""
+def _kind_of_socket(fd: int) -> socket.SocketKind | None:
+    """SOCK_STREAM and so on; None: it is no socket, or the operation will say what is wrong with it."""
     try:
         sock = socket.socket(fileno=fd)
-    except OSError:
-        return True  # the operation will say what is wrong with it
+    except (OSError, ValueError, OverflowError):
+        return None
     try:
-        return sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
+        return sock.type
     finally:
         sock.detach()
 
@@ -683,7 +777,7 @@ def accept_multishot(fd: int | HasFileno, flags: int = 0, *, limit: int = 64) ->
     An error such as EMFILE is raised by ``__anext__``; the next one tries again. The fds are yours once they are
     iterated; the others are closed at the end of the context.
     """
-    return Connections(ACCEPT, number_of(fd), limit, op_flags=flags | socket.SOCK_CLOEXEC)
+    return Connections(ACCEPT, number_of(fd), limit, op_flags=unsigned("flags", flags) | socket.SOCK_CLOEXEC)
 
 
 def recv_multishot(fd: int | HasFileno, pool: BufferPool | None = None, *, flags: int = 0, limit: int = 256) -> Chunks:
@@ -697,7 +791,7 @@ def recv_multishot(fd: int | HasFileno, pool: BufferPool | None = None, *, flags
 
     The iteration ends at the end of the stream. Empty datagrams are items.
     """
-    return Chunks(RECV, number_of(fd), pool, limit, op_flags=flags)
+    return Chunks(RECV, number_of(fd), pool, limit, op_flags=unsigned("flags", flags))
 
 
 def recvmsg_multishot(
@@ -740,7 +834,7 @@ def poll_multishot(fd: int | HasFileno, events: int) -> Events:
     It is triggered by edges: an item comes when something has happened, with what holds then. Events that come before
     the last were taken are added to them.
     """
-    return Events(POLL, number_of(fd), 1 << 30, op_flags=events, length=POLL_ADD_MULTI)
+    return Events(POLL, number_of(fd), 1 << 30, op_flags=unsigned("events", events), length=POLL_ADD_MULTI)
 
 
 def timeout_multishot(seconds: float, count: int = 0) -> Ticks:
@@ -748,14 +842,13 @@ def timeout_multishot(seconds: float, count: int = 0) -> Ticks:
     IORING_OP_TIMEOUT, multishot, Linux 6.4.
 
     Args:
-        seconds: between two ticks, by the kernel's clock.
+        seconds: between two ticks, by the kernel's clock; at least 0.0001.
         count: how often it ticks; 0 is for ever.
     """
-    if count < 0:
-        raise ValueError(f"count must not be negative: {count}")
     return Ticks(seconds, count)
 
 
 _POOL_COUNT: Final = 8
 _POOL_SIZE: Final = 16384
+_SHORTEST_TICK: Final = 1e-4
 _RECVMSG_OUT: Final = struct.Struct("<4I")  # struct io_uring_recvmsg_out: sizes of name, control, payload; flags

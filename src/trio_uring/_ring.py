@@ -178,6 +178,22 @@ class SQEs:
         """The same memory in bytes, for `pack_sqe`, and in pointers."""
         return self._bytes, self._pointers
 
+    def fill_alike(
+        self,
+        head: int,
+        fds: Sequence[int],
+        offsets: Sequence[int],
+        pins: Sequence[Any],
+        lengths: Sequence[int],
+        op_flags: Sequence[int],
+    ) -> None:
+        """Fills the first entries, which differ only in these fields, in C.
+
+        Raises:
+            OverflowError, TypeError: a value does not fit its field. Nothing is filled.
+        """
+        lib.tu_fill(self._memory, len(fds), head, fds, offsets, pins, lengths, op_flags)
+
     def set_field(self, index: int, field: Literal["fd", "off", "length", "file_index"], value: int) -> None:
         """Changes a field of an entry."""
         form, at = _FIELDS[field]
@@ -573,7 +589,8 @@ class BufferRing:
         """
         buffer = flags >> CQE_BUFFER_SHIFT
         start = buffer * self.size + self._used[buffer]
-        if flags & CQE_F_BUF_MORE:
+        # What has received nothing into a shared buffer has not consumed it, though not every kernel says so.
+        if flags & CQE_F_BUF_MORE or (self.incremental and not length):
             self._used[buffer] += length
             return buffer, start, False
         self._used[buffer] = 0

@@ -6,8 +6,10 @@ silently, and is armed again. What is different:
 * **It is nobody's to wait for.** Its CQEs go to a receiver; a task that waits for the next result waits there, and
   lets go at once. The operation goes on meanwhile.
 * **A CQE with F_MORE is a result like any other**; the one without is the last, and may be a result, too.
-* **It stays among the operations of its fd from `open` to `release`**, armed or not: its side of a socket is taken,
-  and it hears when the fd is closed.
+* **It stays among the operations of its fd from `open_shots` to `close_shots`**, armed or not: its side of a socket is
+  taken, and it hears when the fd is closed.
+* **A cancel may find nothing, although it goes on**: between two shots the kernel has it in no list. Then it is asked
+  again.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ._abi import CQE_F_MORE
-from ._cancel import INDEX_MASK, Event, Kind, Operation, State
+from ._cancel import INDEX_BITS, INDEX_MASK, Event, Kind, Operation, State
 from ._errors import RingError
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from ._cancel import Owner
 
 _IDLE: Final = State.IDLE
+_CANCELLED: Final = (State.CANCELLING, State.DETACHED)
 
 
 class Receiver(Protocol):
@@ -33,13 +36,13 @@ class Receiver(Protocol):
         """A CQE has come. Without F_MORE in ``flags`` the operation has ended."""
 
     def discard(self, res: int, flags: int) -> None:
-        """As `receive`, after `forsake`: what has come is to be disposed of."""
+        """As `receive`, after `forsake`: what has come is to be disposed of. At the end the slot is to be freed."""
 
     def fd_closed(self) -> None:
         """The fd is about to be closed. A CQE may still come."""
 
     def forsake(self) -> None:
-        """The run is being torn down: nobody will take what has come."""
+        """Nobody will take what has come. What is not armed any more is to free its slot."""
 
 
 class Shots(Operation):
@@ -90,8 +93,8 @@ class Shots(Operation):
             self._move(Event.SHOT)
         elif self._move(Event.LAST_CQE) is State.SETTLED:
             self._move(Event.PICK_UP)
-            if before is State.CANCELLING:
-                self._count_cancel(res)
+        if before in _CANCELLED and not self.armed:
+            self._count_cancel(res)
         if before is State.DETACHED:
             self.receiver.discard(res, flags)
         else:
@@ -114,10 +117,25 @@ class Shots(Operation):
 
     def abandon(self) -> None:
         """Nobody will take any result: what comes is disposed of."""
+        if self._state is State.DETACHED:
+            return
         if self.stop():
             self._move(Event.ABANDON)
         self.task = None
         self.receiver.forsake()
+
+    def cancel_missed(self, life: int) -> None:
+        """The kernel has not found what was to be cancelled: it has ended, or it was between two shots."""
+        if life == self._life and self._state in _CANCELLED:
+            self.owner.cancels_lost += 1
+            self._ask_kernel()
+
+    @property
+    def _life(self) -> int:
+        return self.token >> INDEX_BITS & INDEX_MASK
+
+    def _ask_kernel(self) -> None:
+        self.owner.ask_cancel(self.token, self.index << 2 * INDEX_BITS | self._life << INDEX_BITS)
 
     def _take_back(self) -> None:
         self.owner.ring.neutralise(self.number)

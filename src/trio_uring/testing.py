@@ -143,8 +143,8 @@ class SimulatedRing(SubmissionQueue):
     def tick(self, timeout: float) -> list[int]:
         """Takes staged entries, posts what is due, and returns CQEs in the form of `Ring.tick`.
 
-        With a ``timeout`` it returns something if anything is in flight that is not part of a job. A wait that nothing can
-        end is over at once.
+        With a ``timeout`` it returns something if anything is in flight that is not part of a job. A wait that nothing
+        can end is over at once.
         """
         self._check_usable()
         self._counters["enters"] += 1
@@ -379,8 +379,8 @@ class SimulatedRing(SubmissionQueue):
         for _ in range(min(len(self._cq), self.config.effective_cq_entries)):
             entry, res, flags = self._cq.popleft()
             self._counters["cqes"] += 1
-            job = self._job_of(entry.user_data)
-            events += (entry.user_data, res, flags) if job is None else self._count_off(job, entry.user_data, res, flags)
+            token, job = entry.user_data, self._job_of(entry.user_data)
+            events += (token, res, flags) if job is None else self._count_off(job, token, res, flags)
         return events
 
     def _job_of(self, user_data: int) -> Any:

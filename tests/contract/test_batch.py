@@ -597,6 +597,7 @@ async def test_a_shielded_batch_goes_on(bench: Bench) -> None:
     async def shielded() -> list[Any]:
         with trio.CancelScope(shield=True):
             return await new_batch(lowlevel.read, *[(read_end, bytearray(1))] * 2).run()
+        raise AssertionError("the shield does not catch")
 
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, shielded)
@@ -647,7 +648,7 @@ async def test_buffers_are_pinned_until_the_last_completion(bench: Bench, end: s
     buffers = [bytearray(5), bytearray(5), bytearray(5)]
     new = new_batch(lowlevel.read, *((pipe[0], buffer) for pipe, buffer in zip(pipes, buffers, strict=False)))
     new.add(lowlevel.writev, pipes[0][0], [buffers[2]])  # not open for writing
-    free_at_once = []
+    free_at_once: list[bool] = []
 
     async def run() -> list[Any]:
         try:
@@ -945,13 +946,6 @@ async def test_busy_within_a_batch(bench: Bench) -> None:
 
 
 # Tried again
-
-
-async def _run_requests(*requests: tuple[Any, ...]) -> list[Any]:
-    new = batch()
-    for request in requests:
-        new._requests.append(request)
-    return await new.run()
 
 
 def impatient(fd: int, buffer: bytearray) -> tuple[Any, ...]:

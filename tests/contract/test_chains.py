@@ -33,7 +33,10 @@ from trio_uring._errors import ChainBrokenError
 from trio_uring.lowlevel import Batch, Chain, batch, chain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.helpers import Bench, Mount
+    from trio_uring.lowlevel import DirectFile
 
 
 def fail(new: Chain, *, hard: bool = False) -> int:
@@ -617,11 +620,12 @@ async def test_outside_of_a_batch(bench: Bench) -> None:
 
 async def test_where_the_kernel_wants_a_number(bench: Bench) -> None:
     """It would take the place for one."""
-    for add in (
+    adds: tuple[Callable[[Chain, DirectFile], object], ...] = (
         lambda new, file: new.add(lowlevel.epoll_ctl, file, 1, 0, select.EPOLLIN),
         lambda new, file: new.add(lowlevel.waitid, os.P_PIDFD, file, os.WEXITED),
         lambda new, file: new.add(lowlevel.splice, file, -1, 1, -1, 1),
-    ):
+    )
+    for add in adds:
         new = chain()
         file = new.direct(lowlevel.openat, "/", os.O_RDONLY)
         try:
@@ -966,10 +970,10 @@ def test_a_crash_with_chains_in_flight(mount: Mount, bench: Bench) -> None:
             steps.add(lowlevel.write, target[1], b"x")
             trio.lowlevel.spawn_system_task(new.run)
         await trio.testing.wait_all_tasks_blocked()
-        new = chain()
-        new.direct(lowlevel.openat, fifo, os.O_WRONLY)
-        new.add(lowlevel.openat, path, os.O_RDONLY)
-        trio.lowlevel.spawn_system_task(new.run)
+        another = chain()
+        another.direct(lowlevel.openat, fifo, os.O_WRONLY)
+        another.add(lowlevel.openat, path, os.O_RDONLY)
+        trio.lowlevel.spawn_system_task(another.run)
         await trio.lowlevel.checkpoint()
         await crash()
 

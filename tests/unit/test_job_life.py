@@ -33,7 +33,7 @@ from trio_uring.testing import SimulatedRing
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
     from trio_uring._ring import Ring
     from trio_uring.testing import Entry
@@ -139,7 +139,7 @@ class JobLife(RuleBasedStateMachine):
             assert call.job is not None
             assert not staged
 
-    def run(self, call: Call) -> Iterator[Any]:
+    def run(self, call: Call) -> Generator[Any, Any, Any]:
         """What a batch does."""
         borrowed = yield from self.manager.borrow(len(call.requests), cast("Any", call), ())
         requests, sqes = self.fill(call)

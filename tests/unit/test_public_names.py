@@ -114,3 +114,21 @@ def test_a_docstring_names_the_operation_and_its_kernel(name: str) -> None:
     documentation = inspect.getdoc(getattr(lowlevel, name)) or ""
     assert f"IORING_OP_{row.opcode.name}" in documentation
     assert f"Linux {row.since}" in documentation
+
+
+@pytest.mark.parametrize("name", lowlevel.MULTISHOT)
+def test_a_multishot_row(name: str) -> None:
+    row = lowlevel.MULTISHOT[name]
+    function = getattr(lowlevel, name)
+    assert row.name == name == function.__name__
+    assert name in lowlevel.__all__
+    assert row.summary
+    assert not row.summary.endswith(".")
+    assert row.man.endswith("(7)")
+    documentation = inspect.getdoc(function) or ""
+    assert f"IORING_OP_{row.opcode.name}" in documentation
+    assert f"Linux {row.since}" in " ".join(documentation.split())
+
+
+def test_every_multishot_function_has_a_row() -> None:
+    assert {name for name in lowlevel.__all__ if name.endswith("_multishot")} == set(lowlevel.MULTISHOT)
