@@ -19,11 +19,25 @@ import itertools
 import os
 import random
 import struct
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from ._abi import CQE_F_MORE, CQE_F_NOTIF, SQE_IO_HARDLINK, SQE_IO_LINK, Opcode
+from ._abi import (
+    ACCEPT_MULTISHOT,
+    CQE_BUFFER_SHIFT,
+    CQE_F_BUF_MORE,
+    CQE_F_BUFFER,
+    CQE_F_MORE,
+    CQE_F_NOTIF,
+    PBUF_RING_INC,
+    POLL_ADD_MULTI,
+    RECV_MULTISHOT,
+    SQE_IO_HARDLINK,
+    SQE_IO_LINK,
+    TIMEOUT_MULTISHOT,
+    Opcode,
+)
 from ._errors import RingError
 from ._ring import INTERRUPTION, RingConfig, SubmissionQueue, ffi, lib
 
@@ -35,7 +49,7 @@ __all__ = ["PATTERN", "Choices", "Entry", "SimulatedRing"]
 PATTERN: Final = 0xA5
 """The byte that simulated reads put into their buffers."""
 
-_SQE: Final = struct.Struct("<BBHiqQIIQ24x")  # the fields of `Entry`
+_SQE: Final = struct.Struct("<BBHiqQIIQH22x")  # the fields of `Entry`
 _ERESTARTSYS: Final = -512
 _FIRST_FD: Final = 1_000_000  # no real fd has such a number: a real close of one fails
 _NOTIFICATIONS: Final = (0, -(1 << 31))  # their ``res`` is a flag word: all data sent from the buffer; some copied
@@ -46,9 +60,17 @@ _SHORT_IS_A_FAILURE: Final = frozenset({Opcode.READ, Opcode.WRITE})  # to a chai
 _TRANSFERS: Final = _READS | {Opcode.WRITE, Opcode.SEND, Opcode.SEND_ZC}
 _MAKES_FD: Final = frozenset({Opcode.OPENAT, Opcode.OPENAT2, Opcode.ACCEPT, Opcode.SOCKET})
 _MAY_FAIL: Final = (
-    _TRANSFERS | _MAKES_FD | {Opcode.NOP, Opcode.FSYNC, Opcode.FTRUNCATE, Opcode.STATX, Opcode.CONNECT, Opcode.SHUTDOWN}
+    _TRANSFERS
+    | _MAKES_FD
+    | {Opcode.NOP, Opcode.FSYNC, Opcode.FTRUNCATE, Opcode.STATX, Opcode.CONNECT, Opcode.SHUTDOWN, Opcode.MKDIRAT}
 )
-_SIMULATED: Final = _MAY_FAIL | {Opcode.ASYNC_CANCEL, Opcode.CLOSE, Opcode.POLL_ADD, Opcode.TIMEOUT}
+_SIMULATED: Final = _MAY_FAIL | {
+    Opcode.ASYNC_CANCEL,
+    Opcode.CLOSE,
+    Opcode.POLL_ADD,
+    Opcode.TIMEOUT,
+    Opcode.READ_MULTISHOT,
+}
 
 
 class Choices(Protocol):
@@ -70,6 +92,19 @@ class Entry(NamedTuple):
     length: int
     op_flags: int
     user_data: int
+    buf_group: int = 0
+
+    @property
+    def multishot(self) -> bool:
+        """Has it many results?"""
+        flags, bit = {
+            Opcode.ACCEPT: (self.ioprio, ACCEPT_MULTISHOT),
+            Opcode.RECV: (self.ioprio, RECV_MULTISHOT),
+            Opcode.POLL_ADD: (self.length, POLL_ADD_MULTI),
+            Opcode.TIMEOUT: (self.op_flags, TIMEOUT_MULTISHOT),
+            Opcode.READ_MULTISHOT: (1, 1),
+        }.get(Opcode(self.opcode), (0, 0))
+        return flags & bit != 0
 
 
 @dataclass(eq=False)
@@ -80,18 +115,46 @@ class _Request:
     delay: int  # ticks to its next CQE
     ending: int | None = None  # its result, if that is decided already
     only_notification_left: bool = False
+    last_shot: bool = False  # a multishot operation that was asked to end
     steps: list[Entry] = field(default_factory=list)  # those behind it in its chain
+
+
+class _Buffers:
+    """A ring of provided buffers, as the kernel sees it."""
+
+    def __init__(self, entries: Any, count: int, incremental: bool) -> None:
+        self._entries = entries
+        self._count = count
+        self._incremental = incremental
+        self._head = 0
+
+    def next(self) -> Any:
+        """The entry that is due; None if there is none."""
+        if self._head == self._entries[0].resv:
+            return None
+        return self._entries[self._head % self._count]
+
+    def consume(self, size: int) -> int:
+        """The entry that is due has received so much; returns the CQE's flag for it."""
+        entry = self._entries[self._head % self._count]
+        if self._incremental and size < entry.len:
+            entry.addr += size
+            entry.len -= size
+            return CQE_F_BUF_MORE
+        self._head = (self._head + 1) % (1 << 16)
+        return 0
 
 
 class SimulatedRing(SubmissionQueue):
     """Stands in for a `Ring`: takes staged entries and answers them as some kernel might.
 
     What it may do: complete in any order; transfer less than was asked; end an operation with one of ``faults``; end a
-    zero-copy send with a result and a later notification, an error included; take only part of the staged entries;
-    end a wait for nothing; overflow the completion queue. A cancel is answered with 0, -EALREADY or -ENOENT,
-    before or after the operation's own CQE, and after 0 and -EALREADY the operation ends with -ECANCELED,
-    -EINTR, -512 or its own result. A cancel of what has a CQE already finds nothing: -ENOENT; nor does one of a step of
-    a chain that has not begun, which may be some time after the CQE of the step before.
+    zero-copy send with a result and a later notification, an error included; take only part of the staged entries; end
+    a wait for nothing; overflow the completion queue; end a multishot operation with any of its results, or for lack
+    of a provided buffer. A cancel is answered with 0, -EALREADY or -ENOENT, before or after the operation's own CQE,
+    and after 0 and -EALREADY the operation ends with -ECANCELED, -EINTR, -512 or its own result. A cancel of what has
+    a CQE already finds nothing: -ENOENT; nor does one of a step of a chain that has not begun, which may be some time
+    after the CQE of the step before.
 
     What it does not do: I/O, waiting (time does not pass here), ownership by a thread, operations that
     are not in ``supported``. The only memory it touches is the buffer of a read, just before the last CQE.
@@ -105,6 +168,7 @@ class SimulatedRing(SubmissionQueue):
 
     Attributes:
         open_fds: the fds it has handed out and that are not closed. They are numbers without a file.
+        received: how many bytes multishot receives have had of each fd. Byte ``n`` of an fd's is ``n % 256``.
     """
 
     def __init__(
@@ -120,6 +184,7 @@ class SimulatedRing(SubmissionQueue):
         self.config = config or RingConfig()
         self.supported: frozenset[int] = _SIMULATED
         self.open_fds: set[int] = set()
+        self.received: Counter[int] = Counter()
         self.closed = False
         self._choices = choices or random.Random(0)
         self._patience = patience
@@ -128,6 +193,7 @@ class SimulatedRing(SubmissionQueue):
         self._requests: list[_Request] = []
         self._next_steps: list[list[Entry]] = []  # of chains, that begin with the next tick
         self._jobs: dict[int, Any] = {}
+        self._buffers: dict[int, _Buffers] = {}
         self._cq: deque[tuple[Entry, int, int]] = deque()
         self._fds = itertools.count(_FIRST_FD)
         self._eventfd: int | None = None
@@ -196,6 +262,16 @@ class SimulatedRing(SubmissionQueue):
 
     def update_buffer(self, index: int, address: int, size: int) -> None:
         """Does nothing."""
+
+    def register_buffer_ring(self, entries: Any, n: int, group: int, flags: int) -> None:
+        """As `Ring.register_buffer_ring`."""
+        self._check_usable()
+        self._buffers[group] = _Buffers(entries, n, bool(flags & PBUF_RING_INC))
+
+    def unregister_buffer_ring(self, group: int) -> None:
+        """As `Ring.unregister_buffer_ring`."""
+        self._check_usable()
+        del self._buffers[group]
 
     @property
     def forked(self) -> bool:
@@ -297,6 +373,7 @@ class SimulatedRing(SubmissionQueue):
         answer: int = self._one_of((0, -errno.EALREADY, -errno.ENOENT))
         if answer != -errno.ENOENT:
             target.ending = self._one_of((-errno.ECANCELED, -errno.EINTR, _ERESTARTSYS, None))
+            target.last_shot = True
         return answer
 
     def _advance(self) -> None:
@@ -316,6 +393,9 @@ class SimulatedRing(SubmissionQueue):
             self._requests.remove(request)
             self._post(entry, self._one_of(_NOTIFICATIONS), CQE_F_NOTIF)
             return
+        if entry.multishot and request.ending is None:
+            self._shoot(request)
+            return
         res = self._own_result(entry) if request.ending is None else request.ending
         if entry.opcode in _READS and res > 0:
             ffi.memmove(ffi.cast("char *", entry.addr), bytes([PATTERN]) * res, res)
@@ -330,6 +410,34 @@ class SimulatedRing(SubmissionQueue):
             self._requests.remove(request)
             self._post(entry, res, 0)
             self._go_on_with_chain(request, res)
+
+    def _shoot(self, request: _Request) -> None:
+        """One result of many, or the last."""
+        entry = request.entry
+        res, flags = self._shot(entry)
+        if request.last_shot or (res < 0 and res != -errno.ETIME) or self._rarely():
+            self._requests.remove(request)
+            self._post(entry, res, flags)
+        else:
+            request.delay = self._delay()
+            self._post(entry, res, flags | CQE_F_MORE)
+
+    def _shot(self, entry: Entry) -> tuple[int, int]:
+        """Result and flags."""
+        if self._faults and self._rarely():
+            return int(self._one_of(self._faults)), 0
+        if entry.opcode not in (Opcode.RECV, Opcode.READ_MULTISHOT):
+            return self._own_result(entry), 0
+        buffers = self._buffers.get(entry.buf_group)
+        buffer = buffers.next() if buffers else None
+        if buffers is None or buffer is None:
+            return -errno.ENOBUFS, 0
+        size = buffer.len - self._choices.randrange(buffer.len)
+        start = self.received[entry.fd]
+        self.received[entry.fd] += size
+        data = bytes(n % 256 for n in range(start, start + size))
+        ffi.memmove(ffi.cast("char *", buffer.addr), data, size)
+        return size, CQE_F_BUFFER | buffer.bid << CQE_BUFFER_SHIFT | buffers.consume(size)
 
     def _go_on_with_chain(self, request: _Request, res: int) -> None:
         steps, request.steps = request.steps, []

@@ -276,7 +276,7 @@ class LifeCycle(RuleBasedStateMachine):
             self.park(call, trap)
             if call.operation is not None and call.kind.wait_for and res == -errno.EAGAIN:
                 assert call.operation.kind.readiness
-                assert call.cancelled or self.ring.staging[-1][-2:] == (call.kind.wait_for, call.operation.token)
+                assert call.cancelled or self.ring.staging[-1][7:9] == (call.kind.wait_for, call.operation.token)
         assert way in ways, f"{call.name}: {woken_with} from {operation!r} ended in {way}, not in one of {ways}"
         call.done = way is not Parked
 
