@@ -1412,6 +1412,23 @@ async def test_no_more_than_the_limit(bench: Bench, call: Callable[..., Any]) ->
             assert [await anext(chunks) for _ in range(100)] == [b"%d" % i for i in range(100)]
 
 
+async def test_it_is_armed_again_when_half_of_the_limit_is_taken(bench: Bench) -> None:
+    a, b = bench.sockets(kind=socket.SOCK_DGRAM)
+    async with lowlevel.recv_multishot(a, limit=4) as chunks:
+        b.send(b"x")
+        await anext(chunks)
+        for _ in range(4):
+            b.send(b"x")
+        await queued(chunks, 4)
+        await blocked()
+        assert states() == []
+        await anext(chunks)
+        assert states() == []
+        await anext(chunks)
+        assert states() == ["STAGED"]
+        assert len(chunks._queue) == 2
+
+
 async def test_no_more_connections_than_the_limit(bench: Bench) -> None:
     """Up to a backlog comes in excess; later clients wait."""
     listener = bench.listener(backlog=4)

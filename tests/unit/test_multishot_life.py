@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trio_uring
-from tests.helpers import manager
+from tests.helpers import crash, manager, only_trio_complains
 from trio_uring import RingConfig, _core, _multishot, lowlevel
 from trio_uring.testing import SimulatedRing
 
@@ -134,3 +134,26 @@ def test_nothing_is_lost(choices: random.Random) -> None:
 @pytest.mark.parametrize("seed", range(60))
 def test_nothing_is_lost_with_little_room(seed: int) -> None:
     run(random.Random(seed), cq_entries=1 + seed % 3, max_in_flight=1 + seed % 7)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nothing_is_left_by_a_run_that_is_torn_down(seed: int) -> None:
+    """Connections that have come, and that come while the ring is drained, are closed."""
+    choices = random.Random(seed)
+    ring = SimulatedRing(choices, rarity=10)
+
+    async def main() -> None:
+        async with lowlevel.accept_multishot(FIRST_FD, limit=100) as connections:
+            for _ in range(1 + choices.randrange(5)):
+                ring.close_fd(await connections.__anext__())
+            await trio.lowlevel.checkpoint()
+            await crash()
+
+    with (
+        mock.patch.object(_core, "Ring", return_value=ring),
+        mock.patch.object(_multishot, "close_result", lambda fd, keep: ring.close_fd(fd)),
+        only_trio_complains(),
+        contextlib.suppress(trio.TrioInternalError, OSError),
+    ):
+        trio_uring.run(main)
+    assert ring.open_fds == set()
