@@ -15,11 +15,11 @@ import trio
 from trio_uring import lowlevel
 
 from ._harness import compare, heading, ring_run, time_tasks
-from .reads import BLOCK, cached_file, calls_per_read, check, offsets, threads_loop
+from .reads import BLOCK, BLOCKS, cached_file, calls_per_read, check, offsets, threads_loop
 from .syscalls import count
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
     from .syscalls import Mark
 
@@ -29,30 +29,45 @@ CONTENTS: Final = [bytes([number]) * (500 + number) for number in range(SIZE)]
 
 
 class Reads:
-    """64 blocks of a file in the page cache."""
+    """64 blocks of a file in the page cache, at a time.
 
-    def __init__(self, fd: int) -> None:
+    Args:
+        fd: the file.
+        pieces: the offsets of 64 blocks, again and again.
+    """
+
+    def __init__(self, fd: int, pieces: Iterable[list[int]]) -> None:
         self._fd = fd
-        self._offsets = list(itertools.islice(offsets(), SIZE))
+        self._pieces = iter(pieces)
         self._buffers = [bytearray(BLOCK) for _ in range(SIZE)]
         self._blocks: list[bytes] = []
+        self._plain_offsets: list[int] = []
+        self._ring_offsets: list[int] = []
 
     def plain(self) -> None:
-        fd, pread = self._fd, os.pread
-        self._blocks = [pread(fd, BLOCK, offset) for offset in self._offsets]
+        fd, pread, self._plain_offsets = self._fd, os.pread, next(self._pieces)
+        self._blocks = [pread(fd, BLOCK, offset) for offset in self._plain_offsets]
 
     async def ring(self) -> None:
+        self._ring_offsets = next(self._pieces)
         batch = lowlevel.batch()
-        batch.extend(lowlevel.read, zip(itertools.repeat(self._fd), self._buffers, self._offsets, strict=False))
+        batch.extend(lowlevel.read, zip(itertools.repeat(self._fd), self._buffers, self._ring_offsets, strict=False))
         await batch.run()
 
     def check(self) -> None:
         """What both sides have read last, and forgets it."""
-        for data, buffer, offset in zip(self._blocks, self._buffers, self._offsets, strict=True):
+        for data, offset in zip(self._blocks, self._plain_offsets, strict=True):
             check(data, offset)
+        for buffer, offset in zip(self._buffers, self._ring_offsets, strict=True):
             check(buffer, offset)
             buffer[:] = bytes(BLOCK)
         self._blocks = []
+
+
+def pieces_of_a_file() -> Iterator[list[int]]:
+    """All blocks of it, in the order of `offsets`: more than the first caches of a processor hold."""
+    where = offsets()
+    return itertools.cycle([list(itertools.islice(where, SIZE)) for _ in range(BLOCKS // SIZE)])
 
 
 class Files:
@@ -135,20 +150,30 @@ def main(rounds: int) -> None:
         for path, content in zip(paths, CONTENTS, strict=True):
             path.write_bytes(content)
         threads = threads_loop(fd)
-        works: list[Any] = [Reads(fd), Files(paths)]
+        some = next(pieces_of_a_file())
+        works: list[Any] = [Reads(fd, pieces_of_a_file()), Reads(fd, itertools.repeat(some)), Files(paths)]
         # Counting forks, so it comes before the first thread. With several threads it would be wrong: see `syscalls`.
         calls = [(calls_of_plain(work.plain), calls_of_batch(work.ring)) for work in works]
         calls_of_thread = calls_per_read(trio.run, threads, 1, 256)
-        reads, files = works
+        reads, few_reads, files = works
         heading(
             f"batches of {SIZE}: 4 KiB reads from the page cache; small files opened, read and closed",
             "a loop of os.pread; by 64 tasks, trio.to_thread.run_sync(os.pread, ...); a loop of os.open, read, close",
             "lowlevel.batch(): 64 reads; 64 chains of an open (as a direct descriptor) and a read",
         )
-        plain_reads = partial(time_plain, reads.plain)
         batched_reads = partial(ring_run, time_batches, reads.ring)
-        compare("reads, plain", plain_reads, batched_reads, rounds=rounds, target=0.5, calls=calls[0])
+        compare(
+            "reads, 4 MiB", partial(time_plain, reads.plain), batched_reads, rounds=rounds, target=0.5, calls=calls[0]
+        )
         reads.check()
+        compare(
+            "reads, the same 256 KiB",
+            partial(time_plain, few_reads.plain),
+            partial(ring_run, time_batches, few_reads.ring),
+            rounds=rounds,
+            calls=calls[1],
+        )
+        few_reads.check()
         compare(
             "reads, stock trio",
             partial(trio.run, time_tasks, threads, SIZE, 10),
@@ -163,7 +188,7 @@ def main(rounds: int) -> None:
             partial(ring_run, time_batches, files.ring),
             rounds=rounds,
             target=0.5,
-            calls=calls[1],
+            calls=calls[2],
         )
         files.check()
     os.close(fd)

@@ -54,6 +54,8 @@
 #define TU_JOB_POSITION_SHIFT 20
 #define TU_JOB_POSITION (TU_SLOT << TU_JOB_POSITION_SHIFT)
 #define TU_JOB (INT64_C(1) << 62)
+#define TU_PENDING INT32_MIN               /* no result is that */
+#define TU_MAX_RW_COUNT 0x7ffff000         /* what the kernel transfers at most */
 #define TU_FLUSH_PATIENCE_NS INT64_C(2000000000)
 
 /* SQEs are filled in Python, with these in mind. */
@@ -365,15 +367,17 @@ int tu_set_job(struct tu_ring *r, unsigned slot, struct tu_job *job)
         r->jobs = jobs;
         r->job_slots = slots;
     }
+    for (uint32_t i = 0; job && i < job->size; i++)
+        job->results[i] = TU_PENDING;
     r->jobs_open += !r->jobs[slot];
     r->jobs_open -= !job;
     r->jobs[slot] = job;
     return 0;
 }
 
-/* n entries that differ only in these fields. The rest of the memory is zero. */
+/* n transfers that differ only in these fields. The rest of the memory is zero. */
 void tu_fill(void *sqes, unsigned n, unsigned head, const int32_t *fds, const int64_t *offsets, void **addresses,
-             const uint32_t *lengths, const uint32_t *op_flags)
+             const uint64_t *lengths, const uint32_t *op_flags)
 {
     struct io_uring_sqe *sqe = sqes;
 
@@ -382,7 +386,7 @@ void tu_fill(void *sqes, unsigned n, unsigned head, const int32_t *fds, const in
         sqe[i].fd = fds[i];
         sqe[i].off = (uint64_t)offsets[i];
         sqe[i].addr = (uintptr_t)addresses[i];
-        sqe[i].len = lengths[i];
+        sqe[i].len = lengths[i] < TU_MAX_RW_COUNT ? (uint32_t)lengths[i] : TU_MAX_RW_COUNT;
         sqe[i].rw_flags = (int)op_flags[i];
     }
 }

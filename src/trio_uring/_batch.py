@@ -199,7 +199,7 @@ class Batch:
             for part in parts[1:]:
                 part.watch(self._manager)  # their turn comes only later
                 part.check()
-            values = await self._run_parts(parts)
+            values = await (self._run_part(parts[0]) if len(parts) == 1 else self._run_parts(parts))
         finally:
             for part in parts:
                 part.requests = []  # a traceback keeps this frame
@@ -280,9 +280,11 @@ class Batch:
         """
         total, links = len(requests), self._links
         most = min(self._manager.max_in_flight, MAX_REQUESTS)
-        longest = min(most, self._manager.ring.entries[0])
+        if not links and not self._files and total <= most:
+            return [_Part(requests[:], links, ())]
+        longest = min(most, self._manager.ring.entries[0])  # the kernel takes a chain at one go
         most_direct = max(1, min(_MAX_DIRECT_PER_PART, self._manager.max_direct // 4))
-        if total <= (longest if links else most) and len(self._files) <= most_direct:
+        if total <= longest and len(self._files) <= most_direct:
             return [_Part(requests[:], links, self._files)]
         opens = {*self._files.values()}
         parts = []
@@ -367,11 +369,38 @@ class Batch:
 class _Part:
     """What of a batch is in flight at once. Positions are those in the part."""
 
+    __slots__ = (
+        "_duplicates",
+        "closed",
+        "fds",
+        "files",
+        "has_direction",
+        "has_prelude",
+        "has_second_fd",
+        "is_plain",
+        "kinds",
+        "links",
+        "places",
+        "requests",
+        "siblings",
+    )
+
     def __init__(self, requests: list[tuple[Any, ...]], links: dict[int, int], files: Collection[DirectFile]) -> None:
         self.requests = requests
         self.links = links
         self.files = files
         self.kinds: set[Kind[Any]] = set(map(_kind_of, requests))
+        self.has_prelude = self.has_second_fd = self.has_direction = False
+        self.is_plain = True  # the results are the kernel's
+        for kind in self.kinds:
+            if kind.prelude is not None:
+                self.has_prelude = True
+            if kind.second_fd is not None:
+                self.has_second_fd = True
+            if kind.direction is not None:
+                self.has_direction = True
+            if kind.decode is not None:
+                self.is_plain = False
         self.fds: list[int] = []  # that of each request, negative for none
         self.closed: set[int] = set()  # positions whose fd has been closed
         self.places: dict[DirectFile, int] = {}  # in the ring's table
@@ -381,17 +410,12 @@ class _Part:
     def __len__(self) -> int:
         return len(self.requests)
 
-    @property
-    def has_prelude(self) -> bool:
-        """Is there something to be done just before it is submitted?"""
-        return any(kind.prelude for kind in self.kinds)
-
     def watch(self, manager: UringIOManager) -> None:
         """From now on it is noticed if one of the fds is closed."""
         if self.siblings:
             return
         fds = set(self.fds) or {whole(request)[1] for request in self.requests}
-        if any(kind.second_fd for kind in self.kinds):
+        if self.has_second_fd:
             fds.update(map(second_fd_of, self.requests))
         self.siblings = {fd: manager.siblings_of(fd) for fd in fds if fd >= 0}
 
@@ -462,14 +486,12 @@ class _Part:
         return sqes
 
     def _fill_alike(self, sqes: SQEs) -> bool:
-        """As `fill`, in C, where requests are of one kind and have nothing out of the ordinary; or it does nothing."""
+        """As `fill`, in C, where requests are transfers of one kind, with nothing out of the ordinary; or nothing."""
         try:
             kinds, fds, offsets, pins, lengths, op_flags = zip(*self.requests, strict=True)
-            if lengths.count(-1) == len(lengths):
-                lengths = tuple(map(len, pins))
-            if max(lengths) > MAX_RW_COUNT:
+            if lengths.count(-1) != len(lengths):
                 return False
-            sqes.fill_alike(kinds[0].head, fds, offsets, pins, lengths, op_flags)
+            sqes.fill_alike(kinds[0].head, fds, offsets, pins, op_flags)
         except (TypeError, ValueError, OverflowError):  # there is something out of the ordinary
             return False
         finally:
@@ -494,8 +516,9 @@ class _Part:
                 if fd >= 0 and kind.prelude is not None:
                     kind.prelude(manager, fd)
             self.siblings = {fd: manager.siblings_of(fd) for fd in self.siblings}
-        plain = not any(kind.decode for kind in self.kinds)
-        job = Job(manager, borrowed, self.requests, self.fds, self.links, occupied, self.closed, plain, self.finish)
+        job = Job(
+            manager, borrowed, self.requests, self.fds, self.links, occupied, self.closed, self.is_plain, self.finish
+        )
         job.siblings = list(self.siblings.values())
         self.requests = []
         return job
@@ -543,7 +566,7 @@ class _Part:
         Raises:
             trio.BusyResourceError: not so.
         """
-        if not self.siblings or not any(kind.direction for kind in self.kinds):
+        if not self.siblings or not self.has_direction:
             return frozenset()
         users: dict[tuple[int, str], int] = {}
         chain = 0

@@ -171,6 +171,8 @@ class Kind(Generic[T]):
         flags: the SQE's ``IOSQE_*`` flags.
         ioprio: the SQE's ioprio field, which several opcodes use for flags of their own.
         head: the SQE's first four bytes, made of these.
+        ordinary: True if there is nothing to be done when it is staged.
+        keeps: True if what the operation keeps is needed after its last CQE.
         needs: the opcodes without which it does not work.
     """
 
@@ -197,12 +199,16 @@ class Kind(Generic[T]):
     flags: int = 0
     ioprio: int = 0
     head: int = field(init=False)
+    ordinary: bool = field(init=False)
+    keeps: bool = field(init=False)
     needs: frozenset[Opcode] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.result == "nothing" and self.decode is None:
             object.__setattr__(self, "decode", nothing)
         object.__setattr__(self, "head", self.opcode | self.flags << 8 | self.ioprio << 16)
+        object.__setattr__(self, "ordinary", self.second_fd is None and self.staged is None)
+        object.__setattr__(self, "keeps", self.decode is not None or self.dispose is not None)
         needs = {self.opcode} if self.proxy is None else {self.opcode, self.proxy}
         object.__setattr__(self, "needs", frozenset(needs))
 
@@ -285,18 +291,22 @@ class Operation:
         "res",
         "siblings",
         "since",
+        "stand_in",
         "task",
         "token",
         "trap",
         "waiters",
     )
 
-    def __init__(self, index: int, owner: Owner, home: list[Operation], waiters: Collection[Task]) -> None:
+    def __init__(
+        self, index: int, owner: Owner, home: list[Operation], waiters: Collection[Task], trap: Any = None
+    ) -> None:
         self.owner = owner
         self.home = home
         self.waiters = waiters
         self.token = index
-        self.trap: Any = make_trap(self.abort)
+        self.trap: Any = make_trap(self.abort) if trap is None else trap
+        self.stand_in: Operation | None = None
         self._state = _IDLE
         self.task: Task | None = None
         self.kind: Kind[Any]
@@ -399,9 +409,10 @@ class Operation:
     def _unpin(self) -> None:
         """The kernel is done with the memory. What the result is made of, or disposed of with, stays until then."""
         kind = self.kind
-        self._tell_released()
+        if kind.released is not None:
+            self._tell_released()
         self.pin = None
-        if kind.decode is None and kind.dispose is None:
+        if not kind.keeps:
             self.keep = None
 
     def _tell_released(self) -> None:
@@ -426,6 +437,8 @@ class Operation:
 
     def abort(self, raise_cancel: RaiseCancelT) -> trio.lowlevel.Abort:
         """trio's abort function, for every parked operation."""
+        if self.stand_in is not None:  # who has borrowed the slot, and the trap with it
+            return self.stand_in.abort(raise_cancel)
         if self.task is None:  # a call after the end of the run, from the clean-up of an abandoned task
             return trio.lowlevel.Abort.FAILED
         if self.state is State.STAGED:
@@ -511,13 +524,9 @@ class Operation:
 
     def take_result(self, res: int) -> Any:
         """Picks up a result that means success, and makes the caller's of it."""
-        decode = self.kind.decode
-        if decode is None:
-            self.pick_up()
-            return res
-        keep = self.keep
+        decode, keep = self.kind.decode, self.keep
         self.pick_up()
-        return decode(res, keep)
+        return res if decode is None else decode(res, keep)
 
     def pick_up(self) -> None:
         """The task runs again and has the result."""

@@ -48,7 +48,7 @@ from ._abi import Opcode
 from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State, closed_error
 from ._errors import RingError, UnavailableError, locked_memory_error, unsupported
 from ._job import Job
-from ._ring import BufferRing, Ring, RingConfig, ffi
+from ._ring import BufferRing, Ring, RingConfig, ffi, lib
 from ._shots import Shots
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ T = TypeVar("T")
 _CANCEL_HEAD: Final = int(Opcode.ASYNC_CANCEL)
 _CANCEL_TOKEN: Final = 1 << INDEX_BITS  # slot 0, which only takes notice
 _POLL_HEAD: Final = int(Opcode.POLL_ADD)
-MAX_RW_COUNT: Final = 0x7FFFF000  # what read(2) and write(2) transfer at most; the SQE's field has 32 bits
+MAX_RW_COUNT: Final = lib.TU_MAX_RW_COUNT  # what read(2) and write(2) transfer at most; the SQE's field has 32 bits
 _WAKEUP_INDEX: Final = 1
 _MAIL_INDEX: Final = 2
 _FIRST_INDEX: Final = 3
@@ -614,10 +614,11 @@ class UringIOManager:
                     operation.not_staged()
                     raise
                 siblings.add(operation)
-                if kind.second_fd is not None:
-                    self._register_second_fd(operation, kind.second_fd_of(off, length, extra))
-                if kind.staged is not None:
-                    kind.staged(keep)
+                if not kind.ordinary:
+                    if kind.second_fd is not None:
+                        self._register_second_fd(operation, kind.second_fd_of(off, length, extra))
+                    if kind.staged is not None:
+                        kind.staged(keep)
                 pin = keep = None  # from here on the operation owns them
 
                 try:
@@ -629,6 +630,9 @@ class UringIOManager:
                 if type(res) is not int:
                     res = res.unwrap()
                 if res >= 0:
+                    if kind.decode is None:
+                        operation.pick_up()
+                        return res  # type: ignore[no-any-return]
                     return operation.take_result(res)  # type: ignore[no-any-return]
                 if res in kind.success:
                     if fd >= 0 and self._by_fd.get(fd) is not siblings:  # what it means may be asked of the fd

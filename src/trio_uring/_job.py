@@ -43,8 +43,9 @@ _CANCELLED: Final = -errno.ECANCELED
 _CLOSED: Final = INTERRUPTED | {-errno.EBADF, -errno.EINVAL}
 _TRIES: Final = 1000  # of a cancel; the kernel begins some twenty steps at each enter
 _NO_FD: Final = 1 << 31  # AT_FDCWD in a field without a sign is above it
-_PENDING: Final = b"\x80\x80\x80\x80"  # no result is that
-PENDING: Final = int.from_bytes(_PENDING, "little", signed=True)
+_RESULTS: Final = ffi.typeof("int32_t[]")
+_STRUCT: Final = ffi.typeof("struct tu_job *")
+PENDING: Final = lib.TU_PENDING
 
 
 class JobOwner(Owner, Protocol):
@@ -150,7 +151,8 @@ class Job(Operation):
         plain: bool,
         finish: Callable[[Any], None],
     ) -> None:
-        super().__init__(borrowed[0].token & INDEX_MASK, owner, [], ())
+        super().__init__(borrowed[0].token & INDEX_MASK, owner, [], (), borrowed[0].trap)
+        borrowed[0].stand_in = self
         self.kind = BATCH
         self.borrowed = borrowed
         self.requests = requests
@@ -165,11 +167,8 @@ class Job(Operation):
         self._cancelled_by_fd: set[int] = set()
         self._named: dict[int, list[tuple[int, Any]]] | None = None
         self._tries: dict[int, int] = {}
-        self._array = ffi.new("int32_t[]", self.size)
-        ffi.buffer(self._array)[:] = _PENDING * self.size
-        self.struct = ffi.new("struct tu_job *")
-        self.struct.results = ffi.cast("int32_t *", self._array)
-        self.struct.size = self.struct.left = self.size
+        self._array = ffi.new(_RESULTS, self.size)
+        self.struct = ffi.new(_STRUCT, {"results": self._array + 0, "size": self.size, "left": self.size})
 
     @property
     def index(self) -> int:
@@ -185,7 +184,8 @@ class Job(Operation):
     @property
     def results(self) -> list[int]:
         """The ``res`` of each request, or `PENDING`."""
-        return memoryview(ffi.buffer(self._array)).cast("B").cast("i").tolist()
+        results: list[int] = ffi.unpack(self._array, self.size)
+        return results
 
     @property
     def weight(self) -> int:
@@ -389,5 +389,5 @@ class Job(Operation):
     def _let_go(self) -> None:
         self.task = self.interrupt = None
         self.requests = []
-        self.trap = None  # a reference cycle otherwise
+        self.borrowed[0].stand_in = None
         self.owner.end_job(self)

@@ -46,6 +46,8 @@ pack_sqe: Final = struct.Struct("<IiqQII").pack_into  # all but user_data, in me
 SQE_EXTRA_AT: Final = 40
 pack_sqe_extra: Final = struct.Struct("<HHiQ8x").pack_into  # buf_index, personality, file_index, addr3
 SQE_SIZE: Final = 64
+_CHARS: Final = ffi.typeof("char[]")
+_POINTERS: Final = ffi.typeof("void **")
 _INT: Final = struct.Struct("<i")
 pack_file_index: Final = _INT.pack_into
 SQE_FILE_INDEX_AT: Final = 44
@@ -158,16 +160,11 @@ def mode_from_environment() -> str | None:
 class SQEs:
     """Memory for submission queue entries."""
 
-    __slots__ = ("_bytes", "_capacity", "_memory", "_pointers")
+    __slots__ = ("_memory", "_size")
 
     def __init__(self, capacity: int) -> None:
-        self._allocate(capacity)
-
-    def _allocate(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._memory = ffi.new("char[]", SQE_SIZE * capacity)
-        self._bytes = memoryview(ffi.buffer(self._memory)).cast("B")
-        self._pointers = ffi.cast("void **", self._memory)
+        self._size = SQE_SIZE * capacity
+        self._memory = ffi.new(_CHARS, self._size)
 
     @property
     def memory(self) -> Any:
@@ -176,7 +173,7 @@ class SQEs:
 
     def views(self) -> tuple[memoryview, Any]:
         """The same memory in bytes, for `pack_sqe`, and in pointers."""
-        return self._bytes, self._pointers
+        return memoryview(ffi.buffer(self._memory)).cast("B"), ffi.cast(_POINTERS, self._memory)
 
     def fill_alike(
         self,
@@ -184,20 +181,19 @@ class SQEs:
         fds: Sequence[int],
         offsets: Sequence[int],
         pins: Sequence[Any],
-        lengths: Sequence[int],
         op_flags: Sequence[int],
     ) -> None:
-        """Fills the first entries, which differ only in these fields, in C.
+        """Fills the first entries, which differ only in these fields, in C. Each transfers all of its pin.
 
         Raises:
             OverflowError, TypeError: a value does not fit its field. Nothing is filled.
         """
-        lib.tu_fill(self._memory, len(fds), head, fds, offsets, pins, lengths, op_flags)
+        lib.tu_fill(self._memory, len(fds), head, fds, offsets, pins, list(map(len, pins)), op_flags)
 
     def set_field(self, index: int, field: Literal["fd", "off", "length", "file_index"], value: int) -> None:
         """Changes a field of an entry."""
         form, at = _FIELDS[field]
-        form.pack_into(self._bytes, (index << 6) + at, value)
+        form.pack_into(ffi.buffer(self._memory), (index << 6) + at, value)
 
 
 def does_not_fit(exc: struct.error, values: Iterable[object]) -> OverflowError | TypeError:
@@ -214,13 +210,18 @@ class SubmissionQueue(SQEs):
     this part.
     """
 
-    __slots__ = ("base", "rescued", "tail")
+    __slots__ = ("_bytes", "_capacity", "_pointers", "base", "rescued", "tail")
 
     def __init__(self, capacity: int = 512) -> None:
-        super().__init__(capacity)
+        self._allocate(capacity)
         self.base = 0
         self.tail = 0
         self.rescued: list[int] = []
+
+    def _allocate(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._capacity = capacity
+        self._bytes, self._pointers = self.views()
 
     def stage(
         self,

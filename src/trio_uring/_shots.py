@@ -59,8 +59,7 @@ class Shots(Operation):
     __slots__ = ("borrowed", "receiver")
 
     def __init__(self, owner: Owner, borrowed: Operation, kind: Kind[Any], fd: int, receiver: Receiver) -> None:
-        super().__init__(borrowed.token, owner, [], ())
-        self.trap = None
+        super().__init__(borrowed.token, owner, [], (), borrowed.trap)
         self.borrowed = borrowed
         self.kind = kind
         self.fd = fd

@@ -250,6 +250,8 @@ class SimulatedRing(SubmissionQueue):
             self._jobs.pop(slot, None)
         else:
             self._jobs[slot] = job
+            for position in range(job.size):
+                job.results[position] = lib.TU_PENDING
 
     def register_files(self, n: int) -> None:
         """Does nothing."""

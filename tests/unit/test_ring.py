@@ -191,7 +191,7 @@ class CountedJob:
     """Requests of which the ring counts the completions off."""
 
     def __init__(self, ring: Ring, size: int, *, slot: int = SLOT, each: bool = False) -> None:
-        self._results = ffi.new("int32_t[]", [-1] * size)
+        self._results = ffi.new("int32_t[]", size)
         self.token = TOKEN - SLOT + slot
         self.struct = ffi.new("struct tu_job *", (self.token, self._results, size, size, each))
         ring.set_job(slot, self.struct)
@@ -293,7 +293,7 @@ def test_completions_of_a_former_job_are_passed_through(ring: Ring) -> None:
     stale = job.token + (1 << 40)
     stage_job(ring, stale, (NOP, -1), (NOP, -1))
     assert cqes(ring.tick(LONG)) == [(stale, 0, 0), (stale | 1 << 20, 0, 0)]
-    assert job.results == [-1, -1]
+    assert job.results == [lib.TU_PENDING, lib.TU_PENDING]
     assert job.struct.left == 2
 
 

@@ -287,7 +287,7 @@ def test_a_cancel_finds_no_step_that_has_not_begun() -> None:
 
 
 def new_job(ring: SimulatedRing, size: int, *, each: bool = False) -> tuple[Any, Any, int]:
-    results = ffi.new("int32_t[]", [-1] * size)
+    results = ffi.new("int32_t[]", size)
     token = lib.TU_JOB | 3 << 40 | 5
     job = ffi.new("struct tu_job *", (token, results, size, size, each))
     ring.set_job(5, job)
