@@ -103,15 +103,23 @@ def run_guest(async_fn: Callable[..., Awaitable[T]], *args: object, config: Ring
     return result
 
 
+_public_wakes = itertools.count()
+_shortcut = UringIOManager.__dict__["wake"]
+_public_runs: set[int] = set()
+
+
 def run_with_public_wake(
     async_fn: Callable[..., Awaitable[T]], *args: object, config: RingConfig = REQUIRED, **kwargs: Any
 ) -> T:
-    shortcut = UringIOManager.__dict__["wake"]
+    number = next(_public_wakes)
+    _public_runs.add(number)
     UringIOManager.wake = staticmethod(_trio_internals._wake_publicly)
     try:
         return run_native(async_fn, *args, config=config, **kwargs)
     finally:
-        UringIOManager.wake = shortcut
+        _public_runs.discard(number)
+        if not _public_runs:  # there may be runs in several threads
+            UringIOManager.wake = _shortcut
 
 
 MOUNTS = {

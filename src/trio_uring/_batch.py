@@ -35,12 +35,13 @@ from trio.lowlevel import current_task, enable_ki_protection
 
 from ._abi import SQE_FIXED_FILE, SQE_IO_HARDLINK, SQE_IO_LINK
 from ._cancel import closed_error, nothing
-from ._core import MAX_DIRECT, MAX_RW_COUNT, UringIOManager, _this_thread
+from ._core import MAX_RW_COUNT, UringIOManager, _this_thread
 from ._errors import os_error, unsupported
 from ._file_ops import CLOSE
 from ._job import BATCH, MAX_REQUESTS, PADDING, Job, bare, second_fd_of, whole
 from ._ops import close_result, filler_of
 from ._other_ops import EPOLL_CTL, WAITID
+from ._registered import MAX_DIRECT
 from ._ring import (
     SQE_ADDR_AT,
     SQE_EXTRA_AT,
@@ -283,7 +284,7 @@ class Batch:
         if not links and not self._files and total <= most:
             return [_Part(requests[:], links, ())]
         longest = min(most, self._manager.ring.entries[0])  # the kernel takes a chain at one go
-        most_direct = max(1, min(_MAX_DIRECT_PER_PART, self._manager.max_direct // 4))
+        most_direct = max(1, min(_MAX_DIRECT_PER_PART, self._manager.registered.max_direct // 4))
         if total <= longest and len(self._files) <= most_direct:
             return [_Part(requests[:], links, self._files)]
         opens = {*self._files.values()}
@@ -317,9 +318,9 @@ class Batch:
         manager = self._manager
         try:
             if part.files:
-                if not manager.has_places(len(part.files)):
+                if not manager.registered.has_places(len(part.files)):
                     part.watch(manager)
-                places = await manager.borrow_places(len(part.files))
+                places = await manager.registered.borrow_places(len(part.files))
                 part.places = dict(zip(part.files, places, strict=True))
             sqes = part.fill()
             part.watch(manager)
@@ -584,7 +585,7 @@ class _Part:
         for fd in self._duplicates.values():
             close_result(fd, None)
         if self.places:
-            manager.return_places([*self.places.values()])
+            manager.registered.return_places([*self.places.values()])
 
 
 class Chain:

@@ -28,7 +28,6 @@ import errno
 import itertools
 import math
 import os
-import resource
 import select
 import threading
 import types
@@ -46,9 +45,10 @@ from trio.lowlevel import current_task, enable_ki_protection
 from . import _trio_internals
 from ._abi import Opcode
 from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State, closed_error
-from ._errors import RingError, UnavailableError, locked_memory_error, unsupported
+from ._errors import RingError, UnavailableError, unsupported
 from ._job import Job
-from ._ring import BufferRing, Ring, RingConfig, ffi, lib
+from ._registered import Registered
+from ._ring import Ring, RingConfig, ffi, lib
 from ._shots import Shots
 
 if TYPE_CHECKING:
@@ -68,12 +68,6 @@ MAX_RW_COUNT: Final = lib.TU_MAX_RW_COUNT  # what read(2) and write(2) transfer 
 _WAKEUP_INDEX: Final = 1
 _MAIL_INDEX: Final = 2
 _FIRST_INDEX: Final = 3
-
-MAX_DIRECT: Final = 1024
-"""How many direct descriptors the chains of a run can have open at once."""
-
-MAX_FIXED_BUFFERS: Final = 1024
-"""How many buffers can be registered in a run at once."""
 
 DRAIN_SECONDS: Final = 10.0
 """How long the end of a run waits for operations the kernel will not give back (a dead network mount)."""
@@ -175,41 +169,6 @@ class UringStatistics:
     operations: tuple[InFlight, ...]
     backend: Literal["epoll"] = field(default="epoll", init=False)
     engine: Literal["io_uring"] = field(default="io_uring", init=False)
-
-
-def _max_direct() -> int:
-    return min(MAX_DIRECT, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-
-
-class _Places:
-    """Who has which place in the ring's table of direct descriptors."""
-
-    def __init__(self, ring: Ring) -> None:
-        self.size = _max_direct()
-        self._free = list(range(self.size))
-        self._first_in_line = trio.Lock()
-        self._more = trio.lowlevel.ParkingLot()
-        ring.register_files(self.size)
-
-    def are_free(self, n: int) -> bool:
-        return len(self._free) >= n and not self._first_in_line.locked()
-
-    async def take(self, n: int) -> list[int]:
-        if not self.are_free(n):
-            async with self._first_in_line:
-                while len(self._free) < n:
-                    await self._more.park()
-                return self._take(n)
-        return self._take(n)
-
-    def _take(self, n: int) -> list[int]:
-        got = self._free[-n:]
-        del self._free[-n:]
-        return got
-
-    def put_back(self, places: list[int]) -> None:
-        self._free.extend(places)
-        self._more.unpark_all()
 
 
 @dataclass
@@ -358,11 +317,7 @@ class UringIOManager:
         self._idle_polls: list[Operation] = []
         self._counted_slots = 0
         self._queue: OrderedDict[Task, _Waiting] = OrderedDict()
-        self._places: _Places | None = None
-        self._buffers_registered = False
-        self._free_buffers: list[int] = []
-        self._buffer_groups = itertools.count()
-        self._free_groups: list[int] = []
+        self.registered = Registered(self)
         self._by_fd: dict[int, set[Operation]] = {}
         self._unprocessed: Iterator[int] = iter(())
         _this_thread.manager = self
@@ -489,11 +444,15 @@ class UringIOManager:
 
     # What operations call
 
-    def own_ring(self) -> None:
-        """Makes this thread, the run's, the ring's owner. A guest's main task runs before the first tick does it."""
+    def own_ring(self) -> bool:
+        """Makes this thread, if it is the run's, the ring's owner. False if it is another one.
+
+        A guest's main task runs before the first tick does it.
+        """
         if self._owner is None:
             self.ring.enable()
             self._owner = get_ident()
+        return get_ident() == self._owner
 
     def ask_cancel(self, token: int, notice: int = _CANCEL_TOKEN) -> None:
         """Stages an ASYNC_CANCEL; the operation's own CQE will tell what came of it."""
@@ -807,30 +766,6 @@ class UringIOManager:
 
     # Jobs
 
-    @property
-    def max_direct(self) -> int:
-        """How many direct descriptors there can be at once."""
-        return _max_direct() if self._places is None else self._places.size
-
-    def has_places(self, n: int) -> bool:
-        """Are so many places for direct descriptors free?"""
-        return self._places is None or self._places.are_free(n)
-
-    async def borrow_places(self, n: int) -> list[int]:
-        """Free places for direct descriptors; waits until there are enough."""
-        if self._places is None:
-            self._places = _Places(self.ring)
-        return await self._places.take(n)
-
-    def return_places(self, places: list[int]) -> None:
-        """They are free again. What is still open in one of them is closed."""
-        if get_ident() != self._owner:  # the run is torn down by somebody else: the end of the ring closes them
-            return
-        assert self._places is not None
-        self.ring.clear_files(places)
-        if not self._closed:
-            self._places.put_back(places)
-
     @enable_ki_protection
     @types.coroutine
     def run_job(self, job: Job, entries: Any) -> Generator[Any, Any, None]:
@@ -898,59 +833,6 @@ class UringIOManager:
         shots.borrowed.token = shots.token
         self._slots[shots.index] = shots.borrowed
         self.give_back((shots.borrowed,))
-
-    def register_buffer(self, address: int, size: int) -> int:
-        """Returns the index of a fixed buffer.
-
-        Raises:
-            OSError: there are too many; or the kernel refuses it, for lack of memory that may be locked, say.
-        """
-        if not self._buffers_registered:
-            self.ring.register_buffers(MAX_FIXED_BUFFERS)
-            self._buffers_registered = True
-            self._free_buffers = list(range(MAX_FIXED_BUFFERS))
-        if not self._free_buffers:
-            raise OSError(errno.ENOBUFS, f"at most {MAX_FIXED_BUFFERS} buffers can be registered in a run")
-        index = self._free_buffers.pop()
-        try:
-            self.ring.update_buffer(index, address, size)
-        except BaseException as exc:
-            self._free_buffers.append(index)
-            if isinstance(exc, OSError) and exc.errno == errno.ENOMEM:
-                raise locked_memory_error(f"to register a buffer of {size} bytes") from None
-            raise
-        return index
-
-    def unregister_buffer(self, index: int) -> None:
-        """Operations that are under way keep it. Those that are staged get it first: the index may be another's soon.
-
-        Raises:
-            RuntimeError: not in the run's own thread.
-        """
-        if self._closed:
-            return
-        if _this_thread.manager is not self:
-            raise RuntimeError("a buffer is unregistered by the run it is registered with")
-        if self.ring.staged:
-            self.own_ring()
-            self.ring.flush()
-        self.ring.update_buffer(index, 0, 0)
-        self._free_buffers.append(index)
-
-    def open_buffers(self, count: int, size: int, *, incremental: bool) -> BufferRing:
-        """Buffers the kernel takes from; see `BufferRing`."""
-        group = self._free_groups.pop() if self._free_groups else next(self._buffer_groups)
-        try:
-            return BufferRing(self.ring, count, size, group, incremental=incremental)
-        except BaseException:
-            self._free_groups.append(group)
-            raise
-
-    def close_buffers(self, buffers: BufferRing) -> None:
-        """No receive uses them any more."""
-        if not self._closed:
-            buffers.close()
-            self._free_groups.append(buffers.group)
 
     # Guest mode
 

@@ -155,7 +155,7 @@ class BufferPool:
         manager = _this_thread.manager.require(RECV)
         self._manager = manager
         self.incremental: Final = incremental
-        self._ring = manager.open_buffers(count, size, incremental=incremental)
+        self._ring = manager.registered.open_buffers(count, size, incremental=incremental)
         self._token = trio.lowlevel.current_trio_token()
         self._users = [0] * count  # chunks of each buffer that wait to be taken
         self._filled = [False] * count  # is it ours?
@@ -239,7 +239,7 @@ class BufferPool:
         self._streams.discard(stream)
         self._starving.pop(stream, None)
         if self._closed and not self._streams:
-            self._manager.close_buffers(self._ring)
+            self._manager.registered.close_buffers(self._ring)
 
     @enable_ki_protection
     def close(self) -> None:
@@ -252,7 +252,7 @@ class BufferPool:
             raise RuntimeError(f"{len(self._streams)} multishot receives use this pool")
         if not self._closed:
             if not self._streams:  # otherwise the last to leave does it
-                self._manager.close_buffers(self._ring)
+                self._manager.registered.close_buffers(self._ring)
             self._closed = True
 
     def __enter__(self) -> Self:

@@ -295,7 +295,7 @@ class RegisteredBuffer:
         try:
             if not 1 <= self.size <= _MAX_SIZE:
                 raise ValueError(f"a registered buffer has 1 to {_MAX_SIZE} bytes, not {self.size}")
-            self._index = manager.register_buffer(address_of(self._pin), self.size)
+            self._index = manager.registered.add_buffer(address_of(self._pin), self.size)
         except BaseException:
             self._pin = None
             raise
@@ -308,7 +308,9 @@ class RegisteredBuffer:
             RuntimeError: it is registered with another trio run, which goes on.
         """
         if self._pin is not None:
-            self._manager.unregister_buffer(self._index)
+            if not self._manager.closed and self._manager is not _this_thread.manager:
+                raise RuntimeError("a buffer is unregistered by the run it is registered with")
+            self._manager.registered.remove_buffer(self._index)
             self._pin = None
 
     def __enter__(self) -> Self:

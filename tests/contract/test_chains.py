@@ -28,8 +28,8 @@ from tests.helpers import (
 from tests.unit.by_hand import no_garbage_collection, pinned
 from trio_uring import UnavailableError, UnsupportedOperation, _file_ops, lowlevel, statistics
 from trio_uring._abi import Opcode
-from trio_uring._core import MAX_DIRECT
 from trio_uring._errors import ChainBrokenError
+from trio_uring._registered import MAX_DIRECT
 from trio_uring.lowlevel import Batch, Chain, batch, chain
 
 if TYPE_CHECKING:
@@ -453,7 +453,7 @@ async def test_what_no_step_closes_is_closed_in_the_end(bench: Bench, end: str) 
     assert results[:2] == [None, 5]
     assert os.read(read_end, 5) == b"hello"
     assert os.read(read_end, 5) == b"", "a writer is left"
-    assert manager().has_places(MAX_DIRECT)
+    assert manager().registered.has_places(MAX_DIRECT)
 
 
 async def test_places_are_used_again(bench: Bench) -> None:
@@ -466,7 +466,7 @@ async def test_places_are_used_again(bench: Bench) -> None:
             file = steps.direct(lowlevel.openat, path, os.O_RDONLY)
             steps.add(lowlevel.read, file, bytearray(1), 0)
         assert await new.run() == [None, 1] * (MAX_DIRECT + 100)
-    assert manager().has_places(MAX_DIRECT)
+    assert manager().registered.has_places(MAX_DIRECT)
 
 
 @pytest.mark.ring(entries=1024)
@@ -546,7 +546,7 @@ async def test_batches_wait_for_places_in_turn(bench: Bench) -> None:
         assert ended == ["holder 0", "waits second"]
         for gate in (*gates[1:5],):
             os.write(gate, b"x")
-    assert manager().has_places(MAX_DIRECT)
+    assert manager().registered.has_places(MAX_DIRECT)
 
 
 @pytest.mark.parametrize("end", ["cancelled", "closed"])
@@ -582,7 +582,7 @@ async def test_given_up_or_closed_while_waiting_for_places(bench: Bench, end: st
             assert isinstance(closed, trio.ClosedResourceError)
     assert not pinned(buffer)
     assert os.read(other, 99) == b"not for you"
-    assert manager().has_places(MAX_DIRECT)
+    assert manager().registered.has_places(MAX_DIRECT)
 
 
 # What a direct descriptor is not
@@ -734,7 +734,7 @@ async def test_too_many_open_files(bench: Bench) -> None:
     new = chain()
     new.direct(lowlevel.openat, "/", os.O_RDONLY)
     new.add(lowlevel.write, fd, buffer)
-    manager().has_places(1)
+    manager().registered.has_places(1)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with nothing_submitted():
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
@@ -996,4 +996,4 @@ async def test_an_unused_chain_leaves_nothing(bench: Bench) -> None:
     with no_garbage_collection():
         del new
     assert not pinned(buffer)
-    assert manager().has_places(MAX_DIRECT)
+    assert manager().registered.has_places(MAX_DIRECT)

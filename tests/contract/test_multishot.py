@@ -746,7 +746,7 @@ async def test_a_forked_child(bench: Bench) -> None:
                 with pytest.raises(RingError, match="belongs to the parent"):
                     manager().get_events(0)
                 with pytest.raises(RingError, match="belongs to the parent"):
-                    manager().close_buffers(pool._ring)
+                    manager().registered.close_buffers(pool._ring)
                 tail: int = pool._ring._entries_pin[0].resv
                 return tail
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import Attempt, Mount, crash, drain, in_child, manager, parked, run_native, run_to_a_crash
 from tests.unit.by_hand import no_garbage_collection, pinned
-from trio_uring import UnavailableError, UnsupportedOperation, _core, lowlevel, statistics
+from trio_uring import UnavailableError, UnsupportedOperation, _registered, lowlevel, statistics
 from trio_uring._abi import Opcode
 from trio_uring.lowlevel import RegisteredBuffer
 
@@ -242,9 +242,9 @@ async def test_tried_again(bench: Bench) -> None:
 
 
 async def test_places_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(_core.MAX_FIXED_BUFFERS + 100):
+    for _ in range(_registered.MAX_FIXED_BUFFERS + 100):
         RegisteredBuffer(bytearray(10)).close()
-    buffers = [RegisteredBuffer(bytearray(10)) for _ in range(_core.MAX_FIXED_BUFFERS)]
+    buffers = [RegisteredBuffer(bytearray(10)) for _ in range(_registered.MAX_FIXED_BUFFERS)]
     assert len({buffer._index for buffer in buffers}) == len(buffers)
     data = bytearray(10)
     with pytest.raises(OSError, match="at most 1024") as raised:
@@ -409,7 +409,7 @@ def test_nothing_is_left_for_the_garbage_collector(mount: Mount, bench: Bench) -
 def _register_too_much() -> tuple[int, str, bool, int]:
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    _core.MAX_FIXED_BUFFERS = 1  # type: ignore[misc]
+    _registered.MAX_FIXED_BUFFERS = 1  # type: ignore[misc]
     data = bytearray(16 << 20)
 
     async def main() -> tuple[int, str, bool, int]:

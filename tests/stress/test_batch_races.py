@@ -17,7 +17,7 @@ from tests.helpers import Attempt, drain, manager, parked
 from tests.stress.test_races import Partner
 from tests.unit.by_hand import pinned
 from trio_uring import lowlevel, statistics
-from trio_uring._core import MAX_DIRECT
+from trio_uring._registered import MAX_DIRECT
 from trio_uring.lowlevel import batch
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ async def test_a_cancel_races_with_opens(bench: Bench) -> None:
                 if isinstance(attempt.value[position], int):
                     os.close(attempt.value[position])
     assert statistics().in_flight == 0
-    assert manager().has_places(MAX_DIRECT)
+    assert manager().registered.has_places(MAX_DIRECT)
 
 
 async def test_a_close_races_with_the_data(bench: Bench, partner: Partner) -> None:
@@ -242,7 +242,7 @@ async def test_everything_at_once(bench: Bench, seed: int) -> None:
             assert not any(map(pinned, buffers))
             buffers.clear()
     assert statistics().peak <= 64
-    assert manager().has_places(MAX_DIRECT)
+    assert manager().registered.has_places(MAX_DIRECT)
     assert {"int", "OSError", "ClosedResourceError", "ChainBrokenError", "Cancelled"} <= outcomes.keys(), outcomes
     for fds in pipes:
         for fd in fds:

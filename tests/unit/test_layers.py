@@ -18,7 +18,7 @@ LAYERS: Final = (
     {"_abi", "_errors", "_native", "_trio_internals", "_sockaddr"},
     {"_ring", "_structs"},
     {"_cancel"},
-    {"_job", "_shots"},
+    {"_job", "_shots", "_registered"},
     {"_core"},
     {"_mount"},
     {"_ops", "_fallback"},
