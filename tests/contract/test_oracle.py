@@ -485,6 +485,10 @@ def test_socket_options(option: tuple[int, int], value: int | bytes, size: int |
         if size in (-1, 1025):  # the standard library says so, too, with an OSError that has no errno
             assert results.pop() == (ValueError,)
             expected.pop()
+        if option == (socket.IPPROTO_TCP, socket.TCP_INFO):  # there are clocks in it
+            results, expected = (
+                [len(each) if type(each) is bytes else each for each in side] for side in (results, expected)
+            )
         assert results == expected
 
 
