@@ -49,6 +49,7 @@
 #endif
 
 #define TU_CQES_PER_TICK 1024
+#define TU_WORK_PER_ENTER 20 /* the kernel's IO_LOCAL_TW_DEFAULT_MAX, since Linux 6.13 */
 #define TU_NEUTRALISED 0xff
 #define TU_SLOT INT64_C(0xfffff)           /* user_data: the low 20 bits are a slot's index */
 #define TU_JOB_POSITION_SHIFT 20
@@ -534,19 +535,28 @@ static unsigned reap(struct tu_ring *r)
     return n;
 }
 
-/* The kernel keeps what did not fit into the CQ and flushes it on an enter with GETEVENTS. */
+/*
+ * The kernel keeps what did not fit into the CQ and flushes it on an enter with GETEVENTS. The same goes for deferred
+ * work behind the first TU_WORK_PER_ENTER pieces, which is done in order: a tick that left a flood of messages there
+ * would keep whatever comes behind them waiting, and run the scheduler once for each handful.
+ */
 static int reap_all(struct tu_ring *r)
 {
-    reap(r);
-    while ((kernel_flags(r) & IORING_SQ_CQ_OVERFLOW) && r->reaped < TU_CQES_PER_TICK) {
+    unsigned n = reap(r), flags;
+
+    while ((flags = kernel_flags(r)) && r->reaped < TU_CQES_PER_TICK) {
         int ret;
 
-        r->overflows++;
+        if (flags & IORING_SQ_CQ_OVERFLOW)
+            r->overflows++;
+        else if (n < TU_WORK_PER_ENTER)
+            break; /* new work: the next tick's enter does it, and submits too */
         r->enters++;
         ret = io_uring_get_events(&r->ring);
         if (ret < 0)
             return ret;
-        if (!reap(r))
+        n = reap(r);
+        if (!n)
             break;
     }
     return 0;

@@ -463,6 +463,16 @@ def test_more_completions_than_one_tick_hands_over() -> None:
         assert sorted(reap(ring, n - per_tick)) == list(range(per_tick + 1, n + 1))
 
 
+def test_a_tick_reaps_more_than_the_kernel_does_at_once() -> None:
+    """Deferred work is done in pieces; what is behind a flood of messages does not wait for a tick for each piece."""
+    n = 500
+    with open_ring(max_in_flight=n) as ring, open_ring() as other:
+        for token in range(1, n + 1):
+            assert result_of(other, Opcode.MSG_RING, ring.fd, token, 0, 0, 0) == 0
+        assert tokens(ring.tick(LONG)) == list(range(1, n + 1))
+        assert ring.counters()["overflows"] == 0
+
+
 def test_pending(ring: Ring) -> None:
     assert not ring.pending()
     stage_nops(ring, [1])
