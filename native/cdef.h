@@ -55,6 +55,7 @@ void tu_fill(void *sqes, unsigned n, unsigned head, const int32_t *fds, const in
 void tu_stage_job(void *staging, const void *entries, unsigned n, int64_t token);
 int tu_register_files(struct tu_ring *r, unsigned n);
 int tu_clear_files(struct tu_ring *r, const int *places, unsigned n);
+int tu_put_file(struct tu_ring *r, unsigned place, int fd);
 int tu_register_buffers(struct tu_ring *r, unsigned n);
 int tu_update_buffer(struct tu_ring *r, unsigned index, void *address, size_t size);
 int tu_register_buffer_ring(struct tu_ring *r, struct tu_buffer *buffers, unsigned n, unsigned group, unsigned flags);

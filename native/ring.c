@@ -306,6 +306,13 @@ int tu_clear_files(struct tu_ring *r, const int *places, unsigned n)
     return 0;
 }
 
+int tu_put_file(struct tu_ring *r, unsigned place, int fd)
+{
+    int ret = belongs_to_parent(r) ? -EOWNERDEAD : io_uring_register_files_update(&r->ring, place, &fd, 1);
+
+    return ret < 0 ? ret : 0;
+}
+
 int tu_register_buffers(struct tu_ring *r, unsigned n)
 {
     return belongs_to_parent(r) ? -EOWNERDEAD : io_uring_register_buffers_sparse(&r->ring, n);

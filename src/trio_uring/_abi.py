@@ -130,6 +130,8 @@ SQE_IO_LINK = 1 << 2  # the next request starts when this one is done, and is ca
 SQE_IO_HARDLINK = 1 << 3  # the next request starts when this one is done, whatever came of it
 SQE_BUFFER_SELECT = 1 << 5  # the kernel takes a provided buffer
 
+SPLICE_F_FD_IN_FIXED = 1 << 31  # and so is splice's and tee's second fd
+
 CQE_F_BUFFER = 1 << 0  # the upper half of the flags is the buffer's number
 CQE_F_MORE = 1 << 1  # more CQEs of this request follow
 CQE_F_NOTIF = 1 << 3  # the zero-copy notification: the buffer is free

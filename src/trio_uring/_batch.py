@@ -14,9 +14,11 @@ number of the process, known before the file is opened. Kernel facts that decide
 
 * A failed step cancels those behind it, and so does a short read or write; not where the link is a hard one.
 * A chain ends where a submission ends, so it cannot be longer than the submission queue.
-* The kernel resolves the fd of a step when its turn comes, and by then the number may be another file's. Steps behind
-  the first name a duplicate that nobody else can close.
-* What of a chain's direct descriptors is open at its end is closed here, however it ends.
+* The kernel resolves the fd of a step when its turn comes, and by then the number may be another file's. So what steps
+  behind the first name is put into the same table before. Not a duplicate: to close that would drop the POSIX locks
+  the process has on the file. A directory cannot be named by a place, so it is duplicated; and what is about the number
+  itself, a close, say, can only be a first step.
+* What of a chain's places is in use at its end is closed here, however it ends.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
-from ._abi import SQE_FIXED_FILE, SQE_IO_HARDLINK, SQE_IO_LINK
+from ._abi import SPLICE_F_FD_IN_FIXED, SQE_FIXED_FILE, SQE_IO_HARDLINK, SQE_IO_LINK, Opcode
 from ._cancel import closed_error, nothing
 from ._core import MAX_RW_COUNT, UringIOManager, _this_thread
 from ._errors import os_error, unsupported
-from ._file_ops import CLOSE
+from ._file_ops import AT_EMPTY_PATH, CLOSE, LINKAT, STATX
 from ._job import BATCH, MAX_REQUESTS, PADDING, Job, bare, second_fd_of, whole
 from ._ops import close_result, filler_of
 from ._other_ops import EPOLL_CTL, WAITID
@@ -53,6 +55,8 @@ from ._ring import (
     pack_sqe,
     pack_sqe_extra,
 )
+from ._sockaddr import decode_ancillary, descriptors
+from ._structs import control_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -63,7 +67,7 @@ if TYPE_CHECKING:
 
     P = ParamSpec("P")
 
-_MAX_DIRECT_PER_PART: Final = MAX_DIRECT // 4  # so that several batches can be under way
+_MAX_PLACES_PER_PART: Final = MAX_DIRECT // 4  # so that several batches can be under way
 _NEED_A_NUMBER: Final = {EPOLL_CTL, WAITID}
 _file_numbers: Final = count(-(1 << 40), -1)
 
@@ -103,6 +107,27 @@ def _as_direct(request: tuple[Any, ...], file: DirectFile) -> tuple[Any, ...]:
     return _direct_form(kind), fd, off, pin, length, op_flags, keep, filename, addr, via, file
 
 
+def _named_by_follower(request: tuple[Any, ...]) -> tuple[int, ...]:
+    """The files that a step behind the first of its chain names, to be put into the ring's table before.
+
+    Raises:
+        ValueError: it names something by its number, which may be another file's when its turn comes.
+    """
+    kind, fd, _, pin, _, op_flags, _, _, _, _, _ = whole(request)
+    by_number = fd >= 0 and (kind.names == "number" or (kind in (STATX, LINKAT) and op_flags & AT_EMPTY_PATH))
+    if kind.opcode in (Opcode.SENDMSG, Opcode.SENDMSG_ZC) and pin.msg_controllen:
+        by_number = bool(descriptors(decode_ancillary(control_of(pin))))
+    if by_number:
+        del request, pin  # a traceback keeps this frame
+        raise ValueError(
+            f"this {kind.name} cannot follow another step of a chain: "
+            "it names an fd by its number, and that may be another file's by then"
+        )
+    if kind.names != "file":
+        return ()
+    return tuple(number for number in (fd, second_fd_of(request)) if number >= 0)
+
+
 class _Spent(list[tuple[Any, ...]]):
     """The requests of a batch that has been run."""
 
@@ -128,7 +153,7 @@ class Batch:
         self._manager = _this_thread.manager.require(BATCH)
         self._requests: list[tuple[Any, ...]] = []
         self._links: dict[int, int] = {}  # IOSQE flags of each step that another one follows
-        self._files: dict[DirectFile, int] = {}  # for each `DirectFile`, the position of the step that opens it
+        self._placed: dict[int, tuple[int, ...]] = {}  # what each step needs places in the ring's table for
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -281,37 +306,35 @@ class Batch:
         """
         total, links = len(requests), self._links
         most = min(self._manager.max_in_flight, MAX_REQUESTS)
-        if not links and not self._files and total <= most:
+        if not links and not self._placed and total <= most:
             return [_Part(requests[:], links, ())]
         longest = min(most, self._manager.ring.entries[0])  # the kernel takes a chain at one go
-        most_direct = max(1, min(_MAX_DIRECT_PER_PART, self._manager.registered.max_direct // 4))
-        if total <= longest and len(self._files) <= most_direct:
-            return [_Part(requests[:], links, self._files)]
-        opens = {*self._files.values()}
-        parts = []
-        start = first = direct = direct_in_chain = 0
+        most_places = max(1, min(_MAX_PLACES_PER_PART, self._manager.registered.max_direct // 4))
+        parts: list[tuple[int, int, set[int]]] = []
+        start = first = 0
+        in_part: set[int] = set()
+        in_chain: set[int] = set()
         for position in range(total):
-            direct_in_chain += position in opens
+            in_chain.update(self._placed.get(position, ()))
             if position in links:
                 continue
             end = position + 1
-            if end - first > longest or direct_in_chain > most_direct:
-                raise ValueError(f"a chain has at most {longest} steps, and at most {most_direct} direct descriptors")
-            if end - start > most or direct + direct_in_chain > most_direct:
-                parts.append((start, first))
-                start, direct = first, 0
-            direct += direct_in_chain
-            first, direct_in_chain = end, 0
-        parts.append((start, total))
+            if end - first > longest or len(in_chain) > most_places:
+                raise ValueError(
+                    f"a chain has at most {longest} steps, and at most {most_places} direct descriptors"
+                    " and other files behind its first step"
+                )
+            if start < first and (end - start > most or len(in_part) + len(in_chain - in_part) > most_places):
+                parts.append((start, first, in_part))
+                start, in_part = first, set()
+            in_part |= in_chain
+            first, in_chain = end, set()
+        parts.append((start, total, in_part))
         if len(parts) == 1:
-            return [_Part(requests[:], links, self._files)]
+            return [_Part(requests[:], links, in_part)]
         return [
-            _Part(
-                requests[start:end],
-                {at - start: flag for at, flag in links.items() if start <= at < end},
-                [file for file, position in self._files.items() if start <= position < end],
-            )
-            for start, end in parts
+            _Part(requests[start:end], {at - start: flag for at, flag in links.items() if start <= at < end}, files)
+            for start, end, files in parts
         ]
 
     async def _run_part(self, part: _Part) -> list[Any]:
@@ -372,6 +395,7 @@ class _Part:
 
     __slots__ = (
         "_duplicates",
+        "_held",
         "closed",
         "fds",
         "files",
@@ -386,7 +410,7 @@ class _Part:
         "siblings",
     )
 
-    def __init__(self, requests: list[tuple[Any, ...]], links: dict[int, int], files: Collection[DirectFile]) -> None:
+    def __init__(self, requests: list[tuple[Any, ...]], links: dict[int, int], files: Collection[int]) -> None:
         self.requests = requests
         self.links = links
         self.files = files
@@ -404,9 +428,10 @@ class _Part:
                 self.is_plain = False
         self.fds: list[int] = []  # that of each request, negative for none
         self.closed: set[int] = set()  # positions whose fd has been closed
-        self.places: dict[DirectFile, int] = {}  # in the ring's table
+        self.places: dict[int, int] = {}  # in the ring's table, of direct descriptors and of fds
         self.siblings: dict[int, set[Any]] = {}  # for each fd that is named
-        self._duplicates: dict[int, int] = {}
+        self._duplicates: dict[int, int] = {}  # of directories
+        self._held: set[int] = set()  # fds whose files are in their places
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -468,6 +493,17 @@ class _Part:
                         via = places[fd]
                         head |= SQE_FIXED_FILE << 8
                     fd = -1
+                elif position - 1 in links and fd >= 0 and kind.names == "file":
+                    via = places[fd]
+                    head |= SQE_FIXED_FILE << 8
+                if kind.second_fd == "file_index":
+                    assert extra is not None
+                    second = extra[2]
+                    if second in places:
+                        extra = (*extra[:2], places[second], *extra[3:])
+                        op_flags |= SPLICE_F_FD_IN_FIXED
+                    elif type(second) is DirectFile:
+                        raise ValueError(f"{second!r} belongs to another batch")
                 pack_sqe(memory, at, head, fd if via is None else via, off, addr, length, op_flags)
                 if extra is not None:
                     if type(extra) is DirectFile:
@@ -510,7 +546,7 @@ class _Part:
         if self.siblings:
             self._leave_out_what_was_closed(manager, sqes)
             for before in self.links:
-                self._name_duplicates(sqes, before + 1)
+                self._hold_files(manager, sqes, before + 1)
         occupied = self._occupy(manager)
         if self.has_prelude:
             for kind, fd in zip([request[0] for request in self.requests], self.fds, strict=True):
@@ -541,15 +577,21 @@ class _Part:
         for fd in closed:
             del self.siblings[fd]
 
-    def _name_duplicates(self, sqes: SQEs, position: int) -> None:
-        """A step that is not the first of its chain names fds whose numbers nobody else can close."""
+    def _hold_files(self, manager: UringIOManager, sqes: SQEs, position: int) -> None:
+        """A step that is not the first of its chain is about the files of now, whoever closes their numbers."""
         kind, fd = self.requests[position][0], self.fds[position]
-        if fd >= 0 and kind is not CLOSE:
+        second = -1 if position in self.closed else second_fd_of(self.requests[position])
+        if kind.names == "file":
+            for number in (fd, second):
+                if number >= 0 and number not in self._held:
+                    self._held.add(number)
+                    manager.registered.put_file(self.places[number], number)
+            return
+        if fd >= 0:
             sqes.set_field(position, "fd", self._duplicate(fd))
-        if kind.second_fd is not None and position not in self.closed:
-            second = second_fd_of(self.requests[position])
-            if second >= 0:
-                sqes.set_field(position, kind.second_fd, self._duplicate(second))
+        if second >= 0:
+            assert kind.second_fd is not None
+            sqes.set_field(position, kind.second_fd, self._duplicate(second))
 
     def _duplicate(self, fd: int) -> int:
         if fd not in self._duplicates:
@@ -607,7 +649,12 @@ class Chain:
         self._link = SQE_IO_LINK
 
     def add(self, operation: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> int:
-        """Adds a step, as `Batch.add`. If it fails, or comes short, the steps behind it are not done."""
+        """Adds a step, as `Batch.add`. If it fails, or comes short, the steps behind it are not done.
+
+        Raises:
+            ValueError: it is about the number of an fd (a close, say) and not the first step; the number may be another
+                file's when its turn comes.
+        """
         return self._add(SQE_IO_LINK, filler_of(operation)(*args, **kwargs))
 
     def add_hard(self, operation: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> int:
@@ -625,7 +672,9 @@ class Chain:
             what stands for the fd in later steps. The step's result is None. If none of them closes it, the batch does.
         """
         file = DirectFile(next(_file_numbers))
-        self._batch._files[file] = self._add(SQE_IO_LINK, _as_direct(filler_of(operation)(*args, **kwargs), file))
+        position = self._add(SQE_IO_LINK, _as_direct(filler_of(operation)(*args, **kwargs), file))
+        placed = self._batch._placed
+        placed[position] = (file, *placed.get(position, ()))
         return file
 
     def _add(self, link: int, request: tuple[Any, ...]) -> int:
@@ -634,11 +683,13 @@ class Chain:
         position = len(requests)
         try:
             if position == self._next:
+                if named := _named_by_follower(request):
+                    batch._placed[position] = named
                 batch._links[position - 1] = self._link
             elif self._next >= 0 and type(requests) is not _Spent:
                 raise RuntimeError("the steps of a chain are added one after the other, with nothing between them")
             requests.append(request)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             del request  # a traceback keeps this frame
             raise
         self._next = position + 1

@@ -162,6 +162,7 @@ class Kind(Generic[T]):
         staged, released: called with what the operation keeps when the kernel is to use its memory, and when it no
             longer does: once each for every try, and tries may overlap.
         prelude: called with the manager and the fd when the task is sure to submit, just before.
+        names: what its fd is to it: a file; a directory that a path is relative to; or the number itself.
         second_fd: the field of the SQE that holds another fd, if one does.
         proxy: an opcode that came with the same kernel, for what the probe does not tell.
         fallback: does it without the ring where the kernel lacks it.
@@ -191,6 +192,7 @@ class Kind(Generic[T]):
     staged: Callable[[Any], object] | None = None
     released: Callable[[Any], object] | None = None
     prelude: Callable[[Any, int], object] | None = None
+    names: Literal["file", "directory", "number"] = "file"
     second_fd: Literal["length", "off", "file_index"] | None = None
     proxy: Opcode | None = None
     fallback: Fallback | None = None

@@ -139,7 +139,15 @@ def writev(fd: int | HasFileno, buffers: Sequence[Buffer], offset: int = -1, fla
 # Opening and closing
 
 OPENAT = row(
-    "openat", Opcode.OPENAT, "5.6", "fd", "open a file", runs="may block", dispose=close_result, cloexec="op_flags"
+    "openat",
+    Opcode.OPENAT,
+    "5.6",
+    "fd",
+    "open a file",
+    runs="may block",
+    names="directory",
+    dispose=close_result,
+    cloexec="op_flags",
 )
 OPENAT2 = row(
     "openat2",
@@ -148,6 +156,7 @@ OPENAT2 = row(
     "fd",
     "open a file, saying how its path is resolved",
     runs="may block",
+    names="directory",
     dispose=close_result,
     cloexec="open_how",
 )
@@ -158,6 +167,7 @@ CLOSE = row(
     "nothing",
     "close an fd",
     runs="may block",
+    names="number",
     success=ERESTARTS | {-errno.EINTR},
     prelude=lambda manager, fd: trio.lowlevel.notify_closing(fd),
 )
@@ -320,6 +330,7 @@ STATX = row(
     "struct",
     "a file's metadata",
     runs="worker",
+    names="directory",
     decode=lambda res, keep: stat_result(keep),
 )
 GETXATTR = row(
@@ -424,12 +435,32 @@ def fsetxattr(fd: int | HasFileno, name: StrOrBytesPath, value: Buffer, flags: i
 
 # Directories
 
-RENAMEAT2 = row("renameat2", Opcode.RENAMEAT, "5.11", "nothing", "rename a file", runs="worker", second_fd="length")
-UNLINKAT = row("unlinkat", Opcode.UNLINKAT, "5.11", "nothing", "remove a file or directory", runs="worker")
-MKDIRAT = row("mkdirat", Opcode.MKDIRAT, "5.15", "nothing", "make a directory", runs="worker")
-SYMLINKAT = row("symlinkat", Opcode.SYMLINKAT, "5.15", "nothing", "make a symbolic link", runs="worker")
+RENAMEAT2 = row(
+    "renameat2",
+    Opcode.RENAMEAT,
+    "5.11",
+    "nothing",
+    "rename a file",
+    runs="worker",
+    names="directory",
+    second_fd="length",
+)
+UNLINKAT = row(
+    "unlinkat", Opcode.UNLINKAT, "5.11", "nothing", "remove a file or directory", runs="worker", names="directory"
+)
+MKDIRAT = row("mkdirat", Opcode.MKDIRAT, "5.15", "nothing", "make a directory", runs="worker", names="directory")
+SYMLINKAT = row(
+    "symlinkat", Opcode.SYMLINKAT, "5.15", "nothing", "make a symbolic link", runs="worker", names="directory"
+)
 LINKAT = row(
-    "linkat", Opcode.LINKAT, "5.15", "nothing", "make another name for a file", runs="worker", second_fd="length"
+    "linkat",
+    Opcode.LINKAT,
+    "5.15",
+    "nothing",
+    "make another name for a file",
+    runs="worker",
+    names="directory",
+    second_fd="length",
 )
 
 

@@ -12,7 +12,7 @@ Facts, and what follows from them:
   kernel begins a step some time after the CQE of the one before. So a cancel that finds no such step is repeated.
 * **A request that is staged when its fd is closed** stays where it is, for the sake of its chain, and names no file.
 * **A linked request's fd is looked up when its turn comes**, long after the submission. A number could be another
-  file's by then. So steps behind the first name a duplicate that is the job's own (see `_batch`).
+  file's by then. So steps behind the first name no number (see `_batch`).
 * **A job counts as many against the cap as it has requests**: it borrows their slots, and stands in the first one.
 """
 
@@ -22,7 +22,7 @@ import errno
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from ._abi import CQE_F_MORE, SQE_IO_LINK, Opcode
+from ._abi import CQE_F_MORE, Opcode
 from ._cancel import INDEX_BITS, INDEX_MASK, Event, Kind, Operation, Owner, State, closed_error, nothing
 from ._errors import ERESTARTS, INTERRUPTED, ChainBrokenError, RingError, os_error
 from ._ring import ffi, lib
@@ -247,9 +247,6 @@ class Job(Operation):
             for position, field in fields:
                 ring.set_field(self.number - ring.base + position, field, -1)
         else:
-            for position, _ in fields:
-                if self.requests[position][0].opcode is Opcode.CLOSE:  # it must not come to that
-                    self._ask_for(self._before(position))
             self._ask_for(position for position, _ in fields)
 
     def _index_fds(self) -> dict[int, list[tuple[int, Any]]]:
@@ -261,12 +258,6 @@ class Job(Operation):
             if request[0].second_fd is not None:
                 named.setdefault(second_fd_of(request), []).append((position, request[0].second_fd))
         return named
-
-    def _before(self, position: int) -> Iterator[int]:
-        """The steps whose failure keeps this one from being done."""
-        while self.links.get(position - 1) == SQE_IO_LINK:
-            position -= 1
-            yield position
 
     def expect_cancel_by_fd(self, fd: int) -> None:
         """What is cancelled on the fd is not to be tried again."""

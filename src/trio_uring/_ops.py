@@ -135,6 +135,7 @@ ASYNC_CANCEL = row(
     "cancel what is in flight on an fd",
     "io_uring_prep_cancel(3)",
     proxy=Opcode.SOCKET,
+    names="number",
     prelude=UringIOManager.expect_cancel_by_fd,
     success=frozenset({-errno.ENOENT}),
     decode=lambda res, keep: max(res, 0),

@@ -128,7 +128,9 @@ def pipe(flags: int = 0) -> Request[tuple[int, int]]:
 
 # epoll
 
-EPOLL_CTL = row("epoll_ctl", Opcode.EPOLL_CTL, "5.6", "nothing", "change what an epoll waits for", second_fd="off")
+EPOLL_CTL = row(
+    "epoll_ctl", Opcode.EPOLL_CTL, "5.6", "nothing", "change what an epoll waits for", names="number", second_fd="off"
+)
 EPOLL_WAIT = row(
     "epoll_wait",
     Opcode.EPOLL_WAIT,
@@ -181,6 +183,7 @@ WAITID = row(
     "struct",
     "wait for a child",
     runs="waits",
+    names="number",
     decode=lambda res, info: waitid_result(info),
 )
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import errno
 import itertools
 import resource
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, Protocol
 
+import outcome
 import trio
 
 from ._errors import locked_memory_error
 from ._ring import BufferRing
 
 if TYPE_CHECKING:
+    from trio.lowlevel import Abort, RaiseCancelT, Task
+
     from ._ring import Ring
 
 MAX_DIRECT: Final = 1024
@@ -47,20 +51,26 @@ class _Places:
     def __init__(self, ring: Ring) -> None:
         self.size = _max_direct()
         self._free = list(range(self.size))
-        self._first_in_line = trio.Lock()
-        self._more = trio.lowlevel.ParkingLot()
+        # No trio.Lock: a task that a crash ends while it holds one stays in a table of trio's for ever.
+        self._line: OrderedDict[Task, int] = OrderedDict()
         ring.register_files(self.size)
 
     def are_free(self, n: int) -> bool:
-        return len(self._free) >= n and not self._first_in_line.locked()
+        return len(self._free) >= n and not self._line
 
     async def take(self, n: int) -> list[int]:
         if self.are_free(n):
             return self._take(n)
-        async with self._first_in_line:
-            while len(self._free) < n:
-                await self._more.park()
-            return self._take(n)
+        task = trio.lowlevel.current_task()
+        self._line[task] = n
+
+        def leave(_: RaiseCancelT) -> Abort:
+            del self._line[task]
+            self._serve()
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        places: list[int] = await trio.lowlevel.wait_task_rescheduled(leave)
+        return places
 
     def _take(self, n: int) -> list[int]:
         got = self._free[-n:]
@@ -69,7 +79,13 @@ class _Places:
 
     def put_back(self, places: list[int]) -> None:
         self._free.extend(places)
-        self._more.unpark_all()
+        self._serve()
+
+    def _serve(self) -> None:
+        """Those that came first go first."""
+        while self._line and next(iter(self._line.values())) <= len(self._free):
+            task, n = self._line.popitem(last=False)
+            trio.lowlevel.reschedule(task, outcome.Value(self._take(n)))
 
 
 def _max_direct() -> int:
@@ -102,6 +118,14 @@ class Registered:
         if self._places is None:
             self._places = _Places(self._owner.ring)
         return await self._places.take(n)
+
+    def put_file(self, place: int, fd: int) -> None:
+        """Puts an open file into a place that was borrowed; it stays empty if there is no such file."""
+        try:
+            self._owner.ring.put_file(place, fd)
+        except OSError as exc:
+            if exc.errno != errno.EBADF:
+                raise
 
     def return_places(self, places: list[int]) -> None:
         """They are free again. What is still open in one of them is closed."""

@@ -436,6 +436,14 @@ class Ring(SubmissionQueue):
         """Makes a table of ``n`` places for direct descriptors. Once in a ring's life."""
         self._check(lib.tu_register_files(self._live(), n))
 
+    def put_file(self, place: int, fd: int) -> None:
+        """Puts an open file into the table. It stays open there, whoever closes the fd.
+
+        Raises:
+            OSError: EBADF: there is no such fd, or it is a ring's.
+        """
+        self._check(lib.tu_put_file(self._live(), place, fd))
+
     def clear_files(self, places: Sequence[int]) -> None:
         """Closes the direct descriptors in these places, if there are any. Places in a row take one system call."""
         self._check(lib.tu_clear_files(self._live(), places, len(places)))

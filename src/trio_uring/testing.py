@@ -256,6 +256,9 @@ class SimulatedRing(SubmissionQueue):
     def register_files(self, n: int) -> None:
         """Does nothing."""
 
+    def put_file(self, place: int, fd: int) -> None:
+        """Does nothing."""
+
     def clear_files(self, places: Sequence[int]) -> None:
         """Does nothing."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import select
 import socket
-from typing import TYPE_CHECKING
+import struct
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -18,6 +20,7 @@ from tests.helpers import (
     Attempt,
     crash,
     drain,
+    fork,
     in_kernel_worker,
     manager,
     nothing_submitted,
@@ -29,6 +32,7 @@ from tests.unit.by_hand import no_garbage_collection, pinned
 from trio_uring import UnavailableError, UnsupportedOperation, _file_ops, lowlevel, statistics
 from trio_uring._abi import Opcode
 from trio_uring._errors import ChainBrokenError
+from trio_uring._file_ops import AT_EMPTY_PATH
 from trio_uring._registered import MAX_DIRECT
 from trio_uring.lowlevel import Batch, Chain, batch, chain
 
@@ -623,7 +627,6 @@ async def test_where_the_kernel_wants_a_number(bench: Bench) -> None:
     adds: tuple[Callable[[Chain, DirectFile], object], ...] = (
         lambda new, file: new.add(lowlevel.epoll_ctl, file, 1, 0, select.EPOLLIN),
         lambda new, file: new.add(lowlevel.waitid, os.P_PIDFD, file, os.WEXITED),
-        lambda new, file: new.add(lowlevel.splice, file, -1, 1, -1, 1),
     )
     for add in adds:
         new = chain()
@@ -635,6 +638,72 @@ async def test_where_the_kernel_wants_a_number(bench: Bench) -> None:
         async with nothing_submitted():
             with pytest.raises((OverflowError, ValueError), match=r"takes no direct|does not fit"):
                 await new.run()
+
+
+async def test_splice_from_a_file_without_a_number(bench: Bench) -> None:
+    path = bench.path(b"hello")
+    read_end, write_end = bench.pipe()
+    new = chain()
+    file = new.direct(lowlevel.openat, path, os.O_RDONLY)
+    new.add(lowlevel.splice, file, 1, write_end, -1, 4)
+    assert await new.run() == [None, 4]
+    assert os.read(read_end, 9) == b"ello"
+    other = chain()
+    foreign = other.direct(lowlevel.openat, path, os.O_RDONLY)
+    new = chain()
+    new.add(lowlevel.nop)
+    new.add(lowlevel.splice, foreign, 0, write_end, -1, 4)
+    async with nothing_submitted():
+        with pytest.raises(ValueError, match="belongs to another batch"):
+            await new.run()
+
+
+async def test_locks_are_kept(bench: Bench) -> None:
+    """A process loses its POSIX locks on a file when it closes any fd of it, a duplicate as well."""
+    path = bench.path(b"x")
+    with open(path, "r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        new = chain()
+        new.add(lowlevel.nop)
+        new.add(lowlevel.write, file, b"y", 0)
+        new.add(lowlevel.fsync, file)
+        assert await new.run() == [None, 1, None]
+        pid = fork()
+        if pid == 0:
+            try:
+                with open(path, "r+b") as other:
+                    fcntl.lockf(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+async def test_a_number_cannot_follow(bench: Bench) -> None:
+    """It may be another file's by then."""
+    a, _ = bench.sockets()
+    buffer = bytearray(1)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", 0))]
+    calls: list[tuple[Any, ...]] = [
+        (lowlevel.close, 0),
+        (lowlevel.epoll_ctl, 0, 1, 0, select.EPOLLIN),
+        (lowlevel.waitid, os.P_PIDFD, 0, os.WEXITED),
+        (lowlevel.async_cancel, 0),
+        (lowlevel.statx, 0),
+        (lowlevel.linkat, "", "/nowhere", AT_EMPTY_PATH),
+        (lowlevel.sendmsg, a, [buffer], rights),
+        (lowlevel.sendmsg_zc, a, [buffer], rights),
+    ]
+    for call in calls:
+        new = chain()
+        new.add(lowlevel.nop)
+        kwargs: dict[str, Any] = {"src_dir_fd": 0} if call[0] is lowlevel.linkat else {}
+        with no_garbage_collection(), pytest.raises(ValueError, match="cannot follow another step") as caught:
+            new.add(*call, **kwargs)
+        assert not pinned(buffer)
+        del caught
+        assert await new.run() == [None]
 
 
 async def test_what_cannot_be_direct(bench: Bench) -> None:
@@ -728,13 +797,15 @@ async def test_a_bad_fd_is_the_steps_own_error(bench: Bench) -> None:
 
 
 async def test_too_many_open_files(bench: Bench) -> None:
+    """A directory has to be duplicated."""
     fd, buffer = bench.file(), bytearray(1)
+    directory = bench.keep(os.open(bench.directory, os.O_RDONLY))
     lowest_free = os.dup(0)
     os.close(lowest_free)
     new = chain()
     new.direct(lowlevel.openat, "/", os.O_RDONLY)
     new.add(lowlevel.write, fd, buffer)
-    manager().registered.has_places(1)
+    new.add(lowlevel.mkdirat, "never made", dir_fd=directory)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with nothing_submitted():
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
@@ -809,36 +880,6 @@ async def test_a_step_whose_fd_is_closed_behind_a_hard_link(bench: Bench) -> Non
     assert isinstance(first, trio.ClosedResourceError)
     assert isinstance(second, trio.ClosedResourceError)
     assert third == 1
-
-
-async def test_a_close_that_somebody_else_did_first(bench: Bench) -> None:
-    """It must not close another file of that number."""
-    gate, opener = bench.pipe()
-    fd = bench.file()
-    other = bench.file(b"other")
-    new = chain()
-    new.add(lowlevel.read, gate, bytearray(1))
-    new.add(lowlevel.close, fd)
-    async with trio.open_nursery() as nursery:
-        attempt = await parked(nursery, new.run)
-        trio.lowlevel.notify_closing(fd)
-        os.dup2(other, fd)
-        os.write(opener, b"x")
-        first, second = await attempt.result()
-    assert first.errno == errno.ECANCELED
-    assert isinstance(second, (trio.ClosedResourceError, ChainBrokenError))
-    assert os.pread(fd, 9, 0) == b"other"
-
-
-async def test_a_chain_that_closes(bench: Bench) -> None:
-    read_end, write_end = bench.pipe()
-    new = chain()
-    new.add(lowlevel.write, write_end, b"hello")
-    new.add(lowlevel.close, write_end)
-    assert await new.run() == [5, None]
-    bench.closed(write_end)
-    assert drain(read_end, 5) == b"hello"
-    assert os.read(read_end, 1) == b""
 
 
 # Cancelled
