@@ -299,16 +299,18 @@ class Batch:
     # Running
 
     def _parts(self, requests: list[tuple[Any, ...]]) -> list[_Part]:
-        """The batch as a whole, or in parts of what can be in flight at once. No chain is divided.
+        """The batch as a whole, or in parts of a quarter of what can be in flight at once: operations that go on for
+        long, receives on idle connections, say, would keep a larger one waiting for ever. No chain is divided.
 
         Raises:
             ValueError: a chain is too long.
         """
         total, links = len(requests), self._links
-        most = min(self._manager.max_in_flight, MAX_REQUESTS)
+        cap = min(self._manager.max_in_flight, MAX_REQUESTS)
+        most = -(-cap // 4)
         if not links and not self._placed and total <= most:
             return [_Part(requests[:], links, ())]
-        longest = min(most, self._manager.ring.entries[0])  # the kernel takes a chain at one go
+        longest = min(-(-cap // 2), self._manager.ring.entries[0])  # the kernel takes a chain at one go
         most_places = max(1, min(_MAX_PLACES_PER_PART, self._manager.registered.max_direct // 4))
         parts: list[tuple[int, int, set[int]]] = []
         start = first = 0

@@ -501,12 +501,12 @@ async def test_cancelled_while_staged(bench: Bench) -> None:
     assert statistics().peak == 3
 
 
-@pytest.mark.ring(max_in_flight=4)
+@pytest.mark.ring(max_in_flight=12)
 async def test_cancelled_while_waiting_for_slots(bench: Bench) -> None:
     read_end, write_end = bench.pipe()
     buffer = bytearray(1)
     async with trio.open_nursery() as nursery:
-        reads = [await parked(nursery, lowlevel.read, read_end, bytearray(1)) for _ in range(2)]
+        reads = [await parked(nursery, lowlevel.read, read_end, bytearray(1)) for _ in range(10)]
         new = new_batch(lowlevel.write, *[(bench.file(), buffer)] * 3)
         async with nothing_submitted():
             attempt = await parked(nursery, new.run)
@@ -517,16 +517,17 @@ async def test_cancelled_while_waiting_for_slots(bench: Bench) -> None:
         assert not pinned(buffer)
         await trio.testing.wait_all_tasks_blocked()
         assert statistics().waiting_for_slot == 0
-        assert statistics().in_flight == 3
-        os.write(write_end, b"xxx")
-        assert [await read.result() for read in (*reads, later)] == [1, 1, 1]
+        assert statistics().in_flight == 11
+        os.write(write_end, bytes(11))
+        assert [await read.result() for read in (*reads, later)] == [1] * 11
     assert await new_batch(lowlevel.nop, *[()] * 4).run() == [None] * 4
-    assert statistics().peak == 4
+    assert statistics().peak == 12
 
 
-@pytest.mark.ring(max_in_flight=4)
+@pytest.mark.ring(max_in_flight=16)
 async def test_slots_are_given_to_who_waits_longest(bench: Bench) -> None:
     read_end, write_end = bench.pipe()
+    taken, gate = bench.pipe()
     ended: list[str] = []
 
     async def run(name: str, n: int) -> None:
@@ -534,18 +535,22 @@ async def test_slots_are_given_to_who_waits_longest(bench: Bench) -> None:
         ended.append(name)
 
     async with trio.open_nursery() as nursery:
+        for _ in range(12):
+            await parked(nursery, lowlevel.read, taken, bytearray(1))
         for name, n in (("a", 3), ("b", 4), ("c", 1), ("d", 2)):
             nursery.start_soon(run, name, n)
             await trio.testing.wait_all_tasks_blocked()
         for expected in (3, 4, 3):  # c and d fit together
-            assert statistics().in_flight == expected
+            assert statistics().in_flight == 12 + expected
             os.write(write_end, bytes(expected))
             await trio.testing.wait_all_tasks_blocked()
+        os.write(gate, bytes(12))
     assert ended[:2] == ["a", "b"]
 
 
-@pytest.mark.ring(max_in_flight=4)
+@pytest.mark.ring(max_in_flight=16)
 async def test_more_operations_than_can_be_in_flight(bench: Bench) -> None:
+    """A quarter of that at a time, so that what goes on for long cannot keep a batch waiting for ever."""
     fd = bench.file(bytes(range(11)))
     buffers = [bytearray(1) for _ in range(11)]
     new = new_batch(lowlevel.read, *((fd, buffer, n) for n, buffer in enumerate(buffers)))
@@ -572,7 +577,7 @@ async def test_cancelled_in_a_later_part(bench: Bench) -> None:
             assert os.read(bench.keep(fd), 9) == b"x"
 
 
-@pytest.mark.ring(max_in_flight=3)
+@pytest.mark.ring(max_in_flight=12)
 async def test_a_busy_socket_in_a_later_part(bench: Bench) -> None:
     """What the first parts have done is not lost."""
     a, _ = bench.sockets()
@@ -594,7 +599,7 @@ async def test_a_busy_socket_in_a_later_part(bench: Bench) -> None:
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.ring(entries=64)
+@pytest.mark.ring(entries=64, max_in_flight=4 * STORM)
 async def test_a_storm_of_cancels(bench: Bench) -> None:
     read_end, write_end = bench.pipe()
     buffer = bytearray(1)
@@ -721,7 +726,7 @@ async def test_buffers_are_pinned_until_the_last_completion(bench: Bench, end: s
         assert errnos([second]) == [{"done": 5, "cancelled": errno.ECANCELED, "failed": 0}[end]]
 
 
-@pytest.mark.ring(max_in_flight=2)
+@pytest.mark.ring(max_in_flight=8)
 async def test_no_exception_holds_a_buffer(bench: Bench) -> None:
     """Nor does a result that is one. Nothing waits for the garbage collector."""
     a, b = bench.sockets()
@@ -840,19 +845,20 @@ async def test_closed_while_staged(bench: Bench) -> None:
     assert os.read(other, 99) == b"not for you"
 
 
-@pytest.mark.ring(max_in_flight=2)
+@pytest.mark.ring(max_in_flight=8)
 async def test_closed_while_waiting_for_slots(bench: Bench) -> None:
     new, pipes = await _two_reads(bench)
     read_end, write_end = bench.pipe()
     other, other_end = bench.pipe()
     os.write(other_end, b"not for you")
     async with trio.open_nursery() as nursery:
-        await parked(nursery, lowlevel.read, read_end, bytearray(1))
+        for _ in range(7):
+            await parked(nursery, lowlevel.read, read_end, bytearray(1))
         attempt = await parked(nursery, new.run)
         assert statistics().waiting_for_slot == 1
         trio.lowlevel.notify_closing(pipes[0][0])
         os.dup2(other, pipes[0][0])
-        os.write(write_end, b"x")
+        os.write(write_end, bytes(7))
         await _expect_the_first_closed(attempt, pipes)
     assert os.read(other, 99) == b"not for you"
 
@@ -879,7 +885,7 @@ async def test_closed_before_its_part_began(bench: Bench) -> None:
 
 @pytest.mark.parametrize("stage", ["staged", "in flight", "waiting"])
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.ring(max_in_flight=2)
+@pytest.mark.ring(max_in_flight=8)
 async def test_either_of_two_fds_closed(bench: Bench, stage: str, which: int) -> None:
     source, target = bench.pipe(), bench.pipe()
     new = batch()
@@ -895,10 +901,11 @@ async def test_either_of_two_fds_closed(bench: Bench, stage: str, which: int) ->
             trio.lowlevel.notify_closing(fd)
         else:
             read_end, write_end = bench.pipe()
-            await parked(nursery, lowlevel.read, read_end, bytearray(1))
+            for _ in range(7):
+                await parked(nursery, lowlevel.read, read_end, bytearray(1))
             attempt = await parked(nursery, new.run)
             trio.lowlevel.notify_closing(fd)
-            os.write(write_end, b"x")
+            os.write(write_end, bytes(7))
         closed, nothing = await attempt.result()
     assert isinstance(closed, trio.ClosedResourceError)
     assert nothing is None
@@ -918,12 +925,12 @@ async def test_a_batch_that_closes(bench: Bench) -> None:
                 await reader.result()
 
 
-@pytest.mark.ring(max_in_flight=2)
+@pytest.mark.ring(max_in_flight=8)
 async def test_a_close_that_waits_tells_nobody_yet(bench: Bench) -> None:
     pipes = [bench.pipe() for _ in range(2)]
     fd = bench.keep(os.dup(pipes[0][0]))
     async with trio.open_nursery() as nursery:
-        reader = await parked(nursery, lowlevel.read, pipes[0][0], bytearray(1))
+        readers = [await parked(nursery, lowlevel.read, pipes[0][0], bytearray(1)) for _ in range(7)]
         other = await parked(nursery, trio.lowlevel.wait_readable, fd)
         new = new_batch(lowlevel.close, (fd,))
         new.add(lowlevel.nop)
@@ -931,8 +938,9 @@ async def test_a_close_that_waits_tells_nobody_yet(bench: Bench) -> None:
         assert not other.done
         assert await attempt.cancel()
         assert not other.done
-        os.write(pipes[0][1], b"xy")
-        await reader.result()
+        os.write(pipes[0][1], bytes(8))
+        for reader in readers:
+            await reader.result()
         await other.result()
 
 
@@ -1237,8 +1245,8 @@ def test_a_crash_while_waiting_for_slots(bench: Bench, mount: Mount) -> None:
 
     async def main() -> None:
         read_end, _ = bench.pipe()
-        trio.lowlevel.spawn_system_task(new_batch(lowlevel.read, *[(read_end, buffer)] * 5000).run)
-        trio.lowlevel.spawn_system_task(new_batch(lowlevel.read, *[(read_end, buffer)] * 16000).run)
+        for _ in range(5):
+            trio.lowlevel.spawn_system_task(new_batch(lowlevel.read, *[(read_end, buffer)] * 4096).run)
         await trio.testing.wait_all_tasks_blocked()
         assert statistics().waiting_for_slot == 1
         await crash()

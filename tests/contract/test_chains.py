@@ -141,7 +141,7 @@ async def test_a_chain_that_is_too_long(bench: Bench) -> None:
     assert await steps.run() == [1] * 4
 
 
-@pytest.mark.ring(max_in_flight=3)
+@pytest.mark.ring(max_in_flight=6)
 async def test_a_chain_that_is_longer_than_what_can_be_in_flight(bench: Bench) -> None:
     fd = bench.file()
     new = batch()
