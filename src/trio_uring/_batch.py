@@ -28,6 +28,7 @@ import functools
 import os
 import struct
 from dataclasses import replace
+from itertools import chain as chained
 from itertools import count, starmap
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 
 _MAX_PLACES_PER_PART: Final = MAX_DIRECT // 4  # so that several batches can be under way
 _NEED_A_NUMBER: Final = {EPOLL_CTL, WAITID}
+_SENDS_FDS: Final = {Opcode.SENDMSG, Opcode.SENDMSG_ZC}
 _file_numbers: Final = count(-(1 << 40), -1)
 
 
@@ -113,9 +115,11 @@ def _named_by_follower(request: tuple[Any, ...]) -> tuple[int, ...]:
     Raises:
         ValueError: it names something by its number, which may be another file's when its turn comes.
     """
+    if len(request) < 2 or (request[1] < 0 and request[0].second_fd is None and request[0].opcode not in _SENDS_FDS):
+        return ()
     kind, fd, _, pin, _, op_flags, _, _, _, _, _ = whole(request)
     by_number = fd >= 0 and (kind.names == "number" or (kind in (STATX, LINKAT) and op_flags & AT_EMPTY_PATH))
-    if kind.opcode in (Opcode.SENDMSG, Opcode.SENDMSG_ZC) and pin.msg_controllen:
+    if kind.opcode in _SENDS_FDS and pin.msg_controllen:
         by_number = bool(descriptors(decode_ancillary(control_of(pin))))
     if by_number:
         del request, pin  # a traceback keeps this frame
@@ -312,9 +316,12 @@ class Batch:
             return [_Part(requests[:], links, ())]
         longest = min(-(-cap // 2), self._manager.ring.entries[0])  # the kernel takes a chain at one go
         most_places = max(1, min(_MAX_PLACES_PER_PART, self._manager.registered.max_direct // 4))
+        in_part = set(chained.from_iterable(self._placed.values()))
+        if total <= min(most, longest) and len(in_part) <= most_places:
+            return [_Part(requests[:], links, in_part)]
         parts: list[tuple[int, int, set[int]]] = []
         start = first = 0
-        in_part: set[int] = set()
+        in_part = set()
         in_chain: set[int] = set()
         for position in range(total):
             in_chain.update(self._placed.get(position, ()))
