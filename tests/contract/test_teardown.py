@@ -302,7 +302,8 @@ def _abandon(async_fn: Callable[..., Awaitable[object]], steps: int) -> UringIOM
         try:
             host.todo.get(timeout=0.05)()
         except queue.Empty:
-            break
+            if manager()._worker_waits:  # it may as well not have come to that yet
+                break
     return manager()
 
 
