@@ -508,7 +508,7 @@ class _Part:
                 if kind.second_fd == "file_index":
                     assert extra is not None
                     second = extra[2]
-                    if second in places:
+                    if second in places and (second < 0 or position - 1 in links):
                         extra = (*extra[:2], places[second], *extra[3:])
                         op_flags |= SPLICE_F_FD_IN_FIXED
                     elif type(second) is DirectFile:

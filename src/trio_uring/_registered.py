@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ._ring import Ring
 
 MAX_DIRECT: Final = 1024
-"""How many direct descriptors the chains of a run can have open at once."""
+"""How many files the chains of a run can have in the ring's table at once: direct descriptors, and what they name."""
 
 MAX_FIXED_BUFFERS: Final = 1024
 """How many buffers can be registered in a run at once."""

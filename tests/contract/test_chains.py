@@ -658,6 +658,26 @@ async def test_splice_from_a_file_without_a_number(bench: Bench) -> None:
             await new.run()
 
 
+async def test_a_place_is_only_for_steps_behind_the_first(bench: Bench) -> None:
+    """A place stays empty if the step that needs it is not done, for its other fd is closed."""
+    source, target, unused = bench.pipe(), bench.pipe(), bench.pipe()
+    os.write(source[1], b"hello")
+    new = batch()
+    steps = new.chain()
+    steps.add(lowlevel.nop)
+    steps.add(lowlevel.splice, source[0], -1, unused[1], -1, 5)
+    new.add(lowlevel.splice, source[0], -1, target[1], -1, 5)
+    taken = await manager().registered.borrow_places(MAX_DIRECT)
+    async with trio.open_nursery() as nursery:
+        attempt = await parked(nursery, new.run)
+        trio.lowlevel.notify_closing(unused[1])
+        manager().registered.return_places(taken)
+        nothing, closed, count = await attempt.result()
+    assert (nothing, count) == (None, 5)
+    assert isinstance(closed, trio.ClosedResourceError)
+    assert os.read(target[0], 9) == b"hello"
+
+
 async def test_locks_are_kept(bench: Bench) -> None:
     """A process loses its POSIX locks on a file when it closes any fd of it, a duplicate as well."""
     path = bench.path(b"x")
