@@ -88,12 +88,10 @@ class Files:
 
     async def ring(self) -> None:
         """What a chain has opened the batch closes."""
-        batch = lowlevel.batch()
-        for path, buffer in zip(self._paths, self._buffers, strict=True):
-            chain = batch.chain()
-            file = chain.direct(lowlevel.openat, path, os.O_RDONLY)
-            chain.add(lowlevel.read, file, buffer, 0)
-        self._counts = (await batch.run())[1::2]
+        chains = lowlevel.chains()
+        file = chains.direct(lowlevel.openat, zip(self._paths, itertools.repeat(os.O_RDONLY), strict=False))
+        chains.add(lowlevel.read, zip(itertools.repeat(file), self._buffers, itertools.repeat(0), strict=False))
+        _, self._counts = await chains.run()
 
     def check(self) -> None:
         """What both sides have read last, and forgets it."""

@@ -1,4 +1,4 @@
-"""The cffi builder of `trio_uring._native`: declarations from cdef.h, code from ring.c. setup.py runs it."""
+"""The cffi builder of `trio_uring._native`: declarations from cdef.h, code from ring.c and fill.c. setup.py runs it."""
 
 import os
 from pathlib import Path
@@ -16,9 +16,9 @@ ffibuilder = FFI()
 ffibuilder.cdef(Path(__file__).with_name("cdef.h").read_text())
 ffibuilder.set_source(
     "trio_uring._native",
-    '#include "ring.c"',
+    '#include "ring.c"\n#include "fill.c"',
     include_dirs=["native"],
-    depends=["native/cdef.h", "native/ring.c"],
+    depends=["native/cdef.h", "native/ring.c", "native/fill.c"],
     libraries=["uring"],
     extra_compile_args=flags,
     extra_link_args=link_flags,

@@ -1,4 +1,4 @@
-/* What Python sees of ring.c. Read by cffi: declarations only, no preprocessor. */
+/* What Python sees of ring.c and fill.c. Read by cffi: declarations only, no preprocessor. */
 
 struct tu_ring {
     unsigned setup_flags;      /* IORING_SETUP_* the kernel accepted            */
@@ -50,8 +50,6 @@ int tu_flush(struct tu_ring *r, const void *staged, unsigned n);
 int tu_pending(struct tu_ring *r);
 int tu_register_eventfd(struct tu_ring *r, int fd);
 int tu_set_job(struct tu_ring *r, unsigned slot, struct tu_job *job);
-void tu_fill(void *sqes, unsigned n, unsigned head, const int32_t *fds, const int64_t *offsets, void **addresses,
-             const uint64_t *lengths, const uint32_t *op_flags);
 void tu_stage_job(void *staging, const void *entries, unsigned n, int64_t token);
 int tu_register_files(struct tu_ring *r, unsigned n);
 int tu_clear_files(struct tu_ring *r, const int *places, unsigned n);
@@ -62,6 +60,16 @@ int tu_register_buffer_ring(struct tu_ring *r, struct tu_buffer *buffers, unsign
 int tu_unregister_buffer_ring(struct tu_ring *r, unsigned group);
 void tu_provide(struct tu_buffer *buffers, unsigned n);
 void tu_free(struct tu_ring *r);
+
+/* And of fill.c. `rows` and `file` are addresses of Python objects. */
+
+struct tu_pins { unsigned n; ...; };
+
+struct tu_pins *tu_new_pins(unsigned n);
+void tu_free_pins(struct tu_pins *pins);
+int tu_fill(void *sqes, const void *blank, const char *form, const void *rows, const void *file, struct tu_pins *pins);
+void tu_weave(void *woven, const void *sqes, unsigned n, unsigned steps, unsigned step, unsigned link,
+              const int32_t *opened, const int32_t *used);
 
 /* The structs operations own while the kernel uses them. */
 

@@ -383,22 +383,6 @@ int tu_set_job(struct tu_ring *r, unsigned slot, struct tu_job *job)
     return 0;
 }
 
-/* n transfers that differ only in these fields. The rest of the memory is zero. */
-void tu_fill(void *sqes, unsigned n, unsigned head, const int32_t *fds, const int64_t *offsets, void **addresses,
-             const uint64_t *lengths, const uint32_t *op_flags)
-{
-    struct io_uring_sqe *sqe = sqes;
-
-    for (unsigned i = 0; i < n; i++) {
-        memcpy(&sqe[i], &head, sizeof(head)); /* opcode, flags, ioprio */
-        sqe[i].fd = fds[i];
-        sqe[i].off = (uint64_t)offsets[i];
-        sqe[i].addr = (uintptr_t)addresses[i];
-        sqe[i].len = lengths[i] < TU_MAX_RW_COUNT ? (uint32_t)lengths[i] : TU_MAX_RW_COUNT;
-        sqe[i].rw_flags = (int)op_flags[i];
-    }
-}
-
 /* Copies a job's entries to where the next tick takes them from, and gives each its user_data. */
 void tu_stage_job(void *staging, const void *entries, unsigned n, int64_t token)
 {

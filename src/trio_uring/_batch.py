@@ -3,7 +3,7 @@
 The data path: `Batch.add` keeps what the operation's filler says (see `_ops`). `Batch.run` borrows as many slots as
 there are operations, writes all SQEs in one loop, has them copied to where the next tick submits from, and parks. The
 kernel's answers go into an array in C; when the last has come the task wakes, once. What an operation costs in Python
-is its SQE.
+is its SQE; and not even that where many are alike (see `_rows`).
 
 Who owns what: the batch owns the requests, and with them the memory they name, until it runs; then the `Job` does,
 until the last CQE. The caller owns the results.
@@ -27,22 +27,21 @@ import errno
 import functools
 import os
 import struct
-from dataclasses import replace
 from itertools import chain as chained
-from itertools import count, starmap
+from itertools import starmap
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, cast
 
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
 from ._abi import SPLICE_F_FD_IN_FIXED, SQE_FIXED_FILE, SQE_IO_HARDLINK, SQE_IO_LINK, Opcode
-from ._cancel import closed_error, nothing
+from ._cancel import closed_error
 from ._core import MAX_RW_COUNT, UringIOManager, _this_thread
 from ._errors import os_error, unsupported
 from ._file_ops import AT_EMPTY_PATH, CLOSE, LINKAT, STATX
-from ._job import BATCH, MAX_REQUESTS, PADDING, Job, bare, second_fd_of, whole
-from ._ops import close_result, filler_of
+from ._job import BATCH, MAX_REQUESTS, PADDING, Job, bare, fd_of, second_fd_of, values_of, whole
+from ._ops import TABLE, close_result, filler_of
 from ._other_ops import EPOLL_CTL, WAITID
 from ._registered import MAX_DIRECT
 from ._ring import (
@@ -56,6 +55,7 @@ from ._ring import (
     pack_sqe,
     pack_sqe_extra,
 )
+from ._rows import Column, DirectFile, Filled, as_direct, direct_form, fill_column, request_of
 from ._sockaddr import decode_ancillary, descriptors
 from ._structs import control_of
 
@@ -71,42 +71,7 @@ if TYPE_CHECKING:
 _MAX_PLACES_PER_PART: Final = MAX_DIRECT // 4  # so that several batches can be under way
 _NEED_A_NUMBER: Final = {EPOLL_CTL, WAITID}
 _SENDS_FDS: Final = {Opcode.SENDMSG, Opcode.SENDMSG_ZC}
-_file_numbers: Final = count(-(1 << 40), -1)
-
-
 _kind_of: Final = itemgetter(0)
-
-
-class DirectFile(int):
-    """A file that a chain opens without an fd. It stands for one in later steps of its batch, and nowhere else:
-    its value fits no field for an fd.
-    """
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return f"<DirectFile {-self - (1 << 40)}>"
-
-
-@functools.cache
-def _direct_form(kind: Kind[Any]) -> Kind[None]:
-    """The same operation, when what it opens becomes a direct descriptor."""
-    return cast("Kind[None]", replace(kind, result="nothing", decode=nothing, dispose=None, fallback=None))
-
-
-def _as_direct(request: tuple[Any, ...], file: DirectFile) -> tuple[Any, ...]:
-    """The same request, when what it opens becomes a direct descriptor: no flag for exec, as none is left by then."""
-    kind, fd, off, pin, length, op_flags, keep, filename, addr, via, _ = whole(request)
-    if kind.cloexec == "op_flags":
-        op_flags &= ~os.O_CLOEXEC
-    elif kind.cloexec == "off":
-        off &= ~os.O_CLOEXEC
-    elif kind.cloexec == "open_how":
-        keep.flags &= ~os.O_CLOEXEC
-    else:
-        del request, pin, keep  # a traceback keeps this frame
-        raise TypeError(f"{kind.name} cannot open a direct descriptor")
-    return _direct_form(kind), fd, off, pin, length, op_flags, keep, filename, addr, via, file
 
 
 def _named_by_follower(request: tuple[Any, ...]) -> tuple[int, ...]:
@@ -155,7 +120,7 @@ class Batch:
 
     def __init__(self) -> None:
         self._manager = _this_thread.manager.require(BATCH)
-        self._requests: list[tuple[Any, ...]] = []
+        self._requests: list[tuple[Any, ...]] | Filled = []
         self._links: dict[int, int] = {}  # IOSQE flags of each step that another one follows
         self._placed: dict[int, tuple[int, ...]] = {}  # what each step needs places in the ring's table for
 
@@ -173,22 +138,38 @@ class Batch:
             TypeError: it is no such function.
             RuntimeError: the batch has been run.
         """
-        requests = self._requests
+        requests = self._one_by_one()
         requests.append(filler_of(operation)(*args, **kwargs))
         return len(requests) - 1
 
     def extend(self, operation: Callable[..., Awaitable[object]], arguments: Iterable[tuple[Any, ...]]) -> None:
         """Adds an operation for each of ``arguments``: as so many calls of `add`, but cheaper.
 
+        Cheapest is a batch of nothing but one such call, of ``read``, ``write`` or ``openat`` with fds that are ints
+        and paths that are str or bytes: C does it then.
+
         Args:
             operation: one of `trio_uring.lowlevel`'s functions.
             arguments: the positional arguments of each call.
         """
-        self._requests.extend(starmap(filler_of(operation), arguments))
+        filler = filler_of(operation)
+        if not self._requests and type(self._requests) is list:
+            arguments = list(arguments)
+            column = fill_column(TABLE[operation.__name__], filler, arguments)
+            if column is not None:
+                self._requests = Filled([column])
+                return
+        self._one_by_one().extend(starmap(filler, arguments))
 
     def chain(self) -> Chain:
         """Begins a chain: operations of this batch that follow one another."""
         return Chain(self)
+
+    def _one_by_one(self) -> list[tuple[Any, ...]]:
+        """The requests, to add others."""
+        if type(self._requests) is Filled:
+            self._requests = [*self._requests]
+        return cast("list[tuple[Any, ...]]", self._requests)
 
     @enable_ki_protection
     async def run(self) -> list[Any]:
@@ -218,8 +199,9 @@ class Batch:
         finally:
             requests.clear()  # a traceback keeps this frame
 
-    async def _run(self, requests: list[tuple[Any, ...]]) -> list[Any]:
-        if not requests:
+    async def _run(self, requests: list[tuple[Any, ...]] | Filled) -> list[Any]:
+        size = len(requests)
+        if size == 0:
             await trio.lowlevel.checkpoint()
             return []
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -236,7 +218,7 @@ class Batch:
         for position, (request, siblings) in without_ring.items():
             if position < len(values):
                 values[position] = self._fall_back(siblings, *whole(request))
-        values += [os_error(-errno.ECANCELED) for _ in range(len(requests) - len(values))]
+        values += [os_error(-errno.ECANCELED) for _ in range(size - len(values))]
         return values
 
     async def _run_parts(self, parts: list[_Part]) -> list[Any]:
@@ -259,10 +241,14 @@ class Batch:
     # What needs no ring
 
     def _take_out_what_the_kernel_lacks(
-        self, requests: list[tuple[Any, ...]]
+        self, requests: list[tuple[Any, ...]] | Filled
     ) -> dict[int, tuple[tuple[Any, ...], set[Any]]]:
         """A NOP takes its place. Whatever has a fallback is done in no time."""
         taken_out: dict[int, tuple[tuple[Any, ...], set[Any]]] = {}
+        if isinstance(requests, Filled):
+            for kind in requests.kinds:
+                self._manager.require(kind)  # none of them has a fallback
+            return taken_out
         for position, request in enumerate(requests):
             kind = request[0]
             try:
@@ -302,49 +288,26 @@ class Batch:
 
     # Running
 
-    def _parts(self, requests: list[tuple[Any, ...]]) -> list[_Part]:
+    def _parts(self, requests: list[tuple[Any, ...]] | Filled) -> list[_Part]:
         """The batch as a whole, or in parts of a quarter of what can be in flight at once: operations that go on for
         long, receives on idle connections, say, would keep a larger one waiting for ever. No chain is divided.
 
         Raises:
             ValueError: a chain is too long.
         """
-        total, links = len(requests), self._links
         cap = min(self._manager.max_in_flight, MAX_REQUESTS)
         most = -(-cap // 4)
-        if not links and not self._placed and total <= most:
-            return [_Part(requests[:], links, ())]
+        if isinstance(requests, Filled):
+            if requests.steps == 1 and not requests.opened and requests.lanes <= most:
+                return [_Part(requests.part(0, requests.lanes), {}, ())]
+        elif not self._links and not self._placed and len(requests) <= most:
+            return [_Part(requests[:], {}, ())]
         longest = min(-(-cap // 2), self._manager.ring.entries[0])  # the kernel takes a chain at one go
         most_places = max(1, min(_MAX_PLACES_PER_PART, self._manager.registered.max_direct // 4))
-        in_part = set(chained.from_iterable(self._placed.values()))
-        if total <= min(most, longest) and len(in_part) <= most_places:
-            return [_Part(requests[:], links, in_part)]
-        parts: list[tuple[int, int, set[int]]] = []
-        start = first = 0
-        in_part = set()
-        in_chain: set[int] = set()
-        for position in range(total):
-            in_chain.update(self._placed.get(position, ()))
-            if position in links:
-                continue
-            end = position + 1
-            if end - first > longest or len(in_chain) > most_places:
-                raise ValueError(
-                    f"a chain has at most {longest} steps, and at most {most_places} direct descriptors"
-                    " and other files behind its first step"
-                )
-            if start < first and (end - start > most or len(in_part) + len(in_chain - in_part) > most_places):
-                parts.append((start, first, in_part))
-                start, in_part = first, set()
-            in_part |= in_chain
-            first, in_chain = end, set()
-        parts.append((start, total, in_part))
-        if len(parts) == 1:
-            return [_Part(requests[:], links, in_part)]
-        return [
-            _Part(requests[start:end], {at - start: flag for at, flag in links.items() if start <= at < end}, files)
-            for start, end, files in parts
-        ]
+        limits = _Limits(most, longest, most_places)
+        if isinstance(requests, Filled):
+            return _parts_of_alike(requests, limits)
+        return _parts_of_any(requests, self._links, self._placed, limits)
 
     async def _run_part(self, part: _Part) -> list[Any]:
         manager = self._manager
@@ -399,6 +362,61 @@ class Batch:
             values[position] = bare(exc)
 
 
+class _Limits(NamedTuple):
+    """Of what is in flight at once."""
+
+    size: int  #: of a part, in requests, if it is more than one chain
+    chain: int  #: in requests
+    places: int  #: in the ring's table
+
+    def too_long(self) -> ValueError:
+        return ValueError(
+            f"a chain has at most {self.chain} steps, and at most {self.places} direct descriptors"
+            " and other files behind its first step"
+        )
+
+
+def _parts_of_alike(requests: Filled, limits: _Limits) -> list[_Part]:
+    if requests.steps > limits.chain or requests.opened > limits.places:
+        raise limits.too_long()
+    lanes = max(1, min(limits.size // requests.steps, limits.places // max(1, requests.opened)))
+    ends = [*range(lanes, requests.lanes, lanes), requests.lanes]
+    parts = [requests.part(start, end) for start, end in zip([0, *ends], ends)]  # noqa: B905
+    return [_Part(part, part.links(), part.files()) for part in parts]
+
+
+def _parts_of_any(
+    requests: list[tuple[Any, ...]], links: dict[int, int], placed: dict[int, tuple[int, ...]], limits: _Limits
+) -> list[_Part]:
+    total = len(requests)
+    in_part = set(chained.from_iterable(placed.values()))
+    if total <= limits.size and (not links or total <= limits.chain) and len(in_part) <= limits.places:
+        return [_Part(requests[:], links, in_part)]
+    parts: list[tuple[int, int, set[int]]] = []
+    start = first = 0
+    in_part = set()
+    in_chain: set[int] = set()
+    for position in range(total):
+        in_chain.update(placed.get(position, ()))
+        if position in links:
+            continue
+        end = position + 1
+        if end - first > limits.chain or len(in_chain) > limits.places:
+            raise limits.too_long()
+        if start < first and (end - start > limits.size or len(in_part) + len(in_chain - in_part) > limits.places):
+            parts.append((start, first, in_part))
+            start, in_part = first, set()
+        in_part |= in_chain
+        first, in_chain = end, set()
+    parts.append((start, total, in_part))
+    if len(parts) == 1:
+        return [_Part(requests[:], links, in_part)]
+    return [
+        _Part(requests[start:end], {at - start: flag for at, flag in links.items() if start <= at < end}, files)
+        for start, end, files in parts
+    ]
+
+
 class _Part:
     """What of a batch is in flight at once. Positions are those in the part."""
 
@@ -406,27 +424,23 @@ class _Part:
         "_duplicates",
         "_held",
         "closed",
-        "fds",
+        "decodes",
         "files",
         "has_direction",
         "has_prelude",
         "has_second_fd",
-        "is_plain",
-        "kinds",
         "links",
         "places",
         "requests",
         "siblings",
     )
 
-    def __init__(self, requests: list[tuple[Any, ...]], links: dict[int, int], files: Collection[int]) -> None:
-        self.requests = requests
+    def __init__(self, requests: list[tuple[Any, ...]] | Filled, links: dict[int, int], files: Collection[int]) -> None:
+        self.requests: Sequence[tuple[Any, ...]] = requests
         self.links = links
         self.files = files
-        self.kinds: set[Kind[Any]] = set(map(_kind_of, requests))
-        self.has_prelude = self.has_second_fd = self.has_direction = False
-        self.is_plain = True  # the results are the kernel's
-        for kind in self.kinds:
+        self.has_prelude = self.has_second_fd = self.has_direction = self.decodes = False
+        for kind in requests.kinds if isinstance(requests, Filled) else set(map(_kind_of, requests)):
             if kind.prelude is not None:
                 self.has_prelude = True
             if kind.second_fd is not None:
@@ -434,8 +448,7 @@ class _Part:
             if kind.direction is not None:
                 self.has_direction = True
             if kind.decode is not None:
-                self.is_plain = False
-        self.fds: list[int] = []  # that of each request, negative for none
+                self.decodes = True
         self.closed: set[int] = set()  # positions whose fd has been closed
         self.places: dict[int, int] = {}  # in the ring's table, of direct descriptors and of fds
         self.siblings: dict[int, set[Any]] = {}  # for each fd that is named
@@ -449,7 +462,7 @@ class _Part:
         """From now on it is noticed if one of the fds is closed."""
         if self.siblings:
             return
-        fds = set(self.fds) or {whole(request)[1] for request in self.requests}
+        fds = self.requests.fds() if isinstance(self.requests, Filled) else set(map(fd_of, self.requests))
         if self.has_second_fd:
             fds.update(map(second_fd_of, self.requests))
         self.siblings = {fd: manager.siblings_of(fd) for fd in fds if fd >= 0}
@@ -461,7 +474,6 @@ class _Part:
             self.fill()
         finally:
             self.places = {}
-            self.fds = []
 
     def fill(self) -> SQEs:
         """The SQEs, but for their user_data.
@@ -469,11 +481,11 @@ class _Part:
         Raises:
             OverflowError, TypeError, ValueError: an argument does not fit.
         """
+        if isinstance(self.requests, Filled):
+            return self.requests.weave([*self.places.values()])
         sqes = SQEs(len(self.requests))
         memory, pointers = sqes.views()
-        if len(self.kinds) == 1 and not self.links and self._fill_alike(sqes):
-            return sqes
-        links, fds, places = self.links, self.fds, self.places
+        links, places = self.links, self.places
         request: tuple[Any, ...] = ()
         at, address_at = 0, SQE_ADDR_AT
         try:
@@ -521,7 +533,6 @@ class _Part:
                         pack_sqe_extra(memory, at + SQE_EXTRA_AT, *extra)
                 if pin is not None:
                     pointers[address_at] = pin
-                fds.append(fd)
                 at += SQE_SIZE
                 address_at += SQE_SIZE // 8
         except struct.error as exc:
@@ -530,20 +541,6 @@ class _Part:
         finally:
             request = pin = None  # type: ignore[assignment]  # a traceback keeps this frame
         return sqes
-
-    def _fill_alike(self, sqes: SQEs) -> bool:
-        """As `fill`, in C, where requests are transfers of one kind, with nothing out of the ordinary; or nothing."""
-        try:
-            kinds, fds, offsets, pins, lengths, op_flags = zip(*self.requests, strict=True)
-            if lengths.count(-1) != len(lengths):
-                return False
-            sqes.fill_alike(kinds[0].head, fds, offsets, pins, op_flags)
-        except (TypeError, ValueError, OverflowError):  # there is something out of the ordinary
-            return False
-        finally:
-            pins = ()  # a traceback keeps this frame
-        self.fds.extend(fds)
-        return True
 
     def make_job(self, manager: UringIOManager, borrowed: Sequence[Operation], sqes: SQEs) -> Job:
         """What has to happen just before it is submitted, and the job.
@@ -554,33 +551,39 @@ class _Part:
         """
         if self.siblings:
             self._leave_out_what_was_closed(manager, sqes)
-            for before in self.links:
-                self._hold_files(manager, sqes, before + 1)
+            if not isinstance(self.requests, Filled):  # their later steps name nothing but direct descriptors
+                for before in self.links:
+                    self._hold_files(manager, sqes, before + 1)
         occupied = self._occupy(manager)
         if self.has_prelude:
-            for kind, fd in zip([request[0] for request in self.requests], self.fds, strict=True):
-                if fd >= 0 and kind.prelude is not None:
+            for position, (kind, fd) in enumerate(self._targets()):
+                if fd >= 0 and kind.prelude is not None and position not in self.closed:
                     kind.prelude(manager, fd)
             self.siblings = {fd: manager.siblings_of(fd) for fd in self.siblings}
-        job = Job(
-            manager, borrowed, self.requests, self.fds, self.links, occupied, self.closed, self.is_plain, self.finish
-        )
+        requests = self.requests
+        decode = None
+        if self.decodes:
+            decode = requests.values if isinstance(requests, Filled) else functools.partial(values_of, requests)
+        job = Job(manager, borrowed, requests, self.links, occupied, self.closed, decode, self.finish)
         job.siblings = list(self.siblings.values())
         self.requests = []
         return job
+
+    def _targets(self) -> list[tuple[Kind[Any], int]]:
+        """The kind and the fd of each request, without what it holds: a traceback keeps frames."""
+        return [(request[0], fd_of(request)) for request in self.requests]
 
     def _leave_out_what_was_closed(self, manager: UringIOManager, sqes: SQEs) -> None:
         """The numbers may be those of other files by now."""
         closed = {fd for fd, siblings in self.siblings.items() if manager.siblings_of(fd) is not siblings}
         if not closed:
             return
-        for position, fd in enumerate(self.fds):
-            if fd in closed:
+        for position, request in enumerate(self.requests):
+            if fd_of(request) in closed:
                 sqes.set_field(position, "fd", -1)
-                self.fds[position] = -1
                 self.closed.add(position)
-            kind = self.requests[position][0]
-            if kind.second_fd is not None and second_fd_of(self.requests[position]) in closed:
+            kind = request[0]
+            if kind.second_fd is not None and second_fd_of(request) in closed:
                 sqes.set_field(position, kind.second_fd, -1)
                 self.closed.add(position)
         for fd in closed:
@@ -588,8 +591,10 @@ class _Part:
 
     def _hold_files(self, manager: UringIOManager, sqes: SQEs, position: int) -> None:
         """A step that is not the first of its chain is about the files of now, whoever closes their numbers."""
-        kind, fd = self.requests[position][0], self.fds[position]
-        second = -1 if position in self.closed else second_fd_of(self.requests[position])
+        if position in self.closed:
+            return
+        kind, fd = self.requests[position][0], fd_of(self.requests[position])
+        second = second_fd_of(self.requests[position])
         if kind.names == "file":
             for number in (fd, second):
                 if number >= 0 and number not in self._held:
@@ -622,9 +627,9 @@ class _Part:
             return frozenset()
         users: dict[tuple[int, str], int] = {}
         chain = 0
-        for position, kind in enumerate([request[0] for request in self.requests]):
-            direction, fd = kind.direction, self.fds[position]
-            if direction is not None and fd >= 0:
+        for position, (kind, fd) in enumerate(self._targets()):
+            direction = kind.direction
+            if direction is not None and fd >= 0 and position not in self.closed:
                 manager.check_not_busy(direction, fd)
                 if users.setdefault((fd, direction), chain) != chain:
                     raise trio.BusyResourceError(f"another operation of the batch uses this fd to {direction}")
@@ -680,15 +685,18 @@ class Chain:
         Returns:
             what stands for the fd in later steps. The step's result is None. If none of them closes it, the batch does.
         """
-        file = DirectFile(next(_file_numbers))
-        position = self._add(SQE_IO_LINK, _as_direct(filler_of(operation)(*args, **kwargs), file))
-        placed = self._batch._placed
-        placed[position] = (file, *placed.get(position, ()))
+        file = DirectFile.new()
+        self._add_direct(as_direct(filler_of(operation)(*args, **kwargs), file))
         return file
+
+    def _add_direct(self, request: tuple[Any, ...]) -> None:
+        position = self._add(SQE_IO_LINK, request)
+        placed = self._batch._placed
+        placed[position] = (request[-1], *placed.get(position, ()))
 
     def _add(self, link: int, request: tuple[Any, ...]) -> int:
         batch = self._batch
-        requests = batch._requests
+        requests = batch._one_by_one()
         position = len(requests)
         try:
             if position == self._next:
@@ -710,6 +718,115 @@ class Chain:
         return await self._batch.run()
 
 
+class Chains:
+    """Chains that differ in nothing but their arguments. Made by `trio_uring.lowlevel.chains`.
+
+    A step is added to all of them at once, with the arguments for each::
+
+        chains = lowlevel.chains()
+        file = chains.direct(lowlevel.openat, [(path, os.O_RDONLY) for path in paths])
+        chains.add(lowlevel.read, [(file, buffer, 0) for buffer in buffers])
+        opened, counts = await chains.run()
+
+    Each is as good as a `Chain`, all are one batch. Where a chain is broken, `ChainBrokenError.step` is the position
+    in that batch: of ``k`` steps it is number ``step % k``. Cheapest are steps of ``read``, ``write`` and ``openat``
+    with paths that are str or bytes: C fills them.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._steps: list[Column | list[tuple[Any, ...]]] = []
+        self._links: list[int] = []
+        self._files: set[DirectFile] = set()
+
+    def add(self, operation: Callable[..., Awaitable[object]], arguments: Iterable[tuple[Any, ...]]) -> None:
+        """Adds a step to each chain, as `Chain.add`.
+
+        Args:
+            operation: one of `trio_uring.lowlevel`'s functions.
+            arguments: the positional arguments for each chain.
+
+        Raises:
+            ValueError: there are not as many arguments as chains; or as `Chain.add`.
+        """
+        self._add(SQE_IO_LINK, operation, arguments)
+
+    def add_hard(self, operation: Callable[..., Awaitable[object]], arguments: Iterable[tuple[Any, ...]]) -> None:
+        """Adds a step to each chain, as `Chain.add_hard`."""
+        self._add(SQE_IO_HARDLINK, operation, arguments)
+
+    def direct(self, operation: Callable[..., Awaitable[object]], arguments: Iterable[tuple[Any, ...]]) -> DirectFile:
+        """Adds a step to each chain that opens a direct descriptor, as `Chain.direct`.
+
+        Returns:
+            what stands, in the later steps of each chain, for the file it has opened.
+        """
+        file = DirectFile.new()
+        self._add(SQE_IO_LINK, operation, arguments, file)
+        self._files.add(file)
+        return file
+
+    def _add(
+        self,
+        link: int,
+        operation: Callable[..., Awaitable[object]],
+        arguments: Iterable[tuple[Any, ...]],
+        opened: DirectFile | None = None,
+    ) -> None:
+        filler, rows, first = filler_of(operation), [*arguments], not self._steps
+        if type(self._batch._requests) is _Spent:
+            raise RuntimeError("the chains have been run")
+        if not first and len(rows) != len(self._steps[0]):
+            raise ValueError(f"arguments for {len(rows)} chains, but there are {len(self._steps[0])}")
+        kind = TABLE[operation.__name__]
+        used = (
+            next((each for each in rows[0] if type(each) is DirectFile and each in self._files), None) if rows else None
+        )
+        column: Column | list[tuple[Any, ...]] | None = None
+        if opened is not None and kind.cloexec == "op_flags":
+            column = fill_column(direct_form(kind), filler, rows, 0, opened, used)
+        elif opened is None and (first or used is not None or kind.names == "directory"):
+            column = fill_column(kind, filler, rows, 0, None, used)
+        if column is None:
+            column = [request_of(filler, row, lane, opened, self._files) for lane, row in enumerate(rows)]
+            try:
+                for request in [] if first else column:
+                    _named_by_follower(request)
+            except ValueError:
+                del column, request  # a traceback keeps this frame
+                raise
+        self._steps.append(column)
+        self._links.append(link)
+
+    async def run(self) -> list[list[Any]]:
+        """Runs the chains as one batch; see `Batch.run`.
+
+        Returns:
+            a list for each step: the results, or exceptions, of each chain.
+        """
+        steps, self._steps = self._steps, []
+        n = len(steps)
+        try:
+            if all(type(step) is Column for step in steps) and steps:
+                self._batch._requests = Filled(cast("list[Column]", steps[:]), self._links[:-1])
+            else:
+                for lane in range(len(steps[0]) if steps else 0):
+                    self._add_chain([step[lane] for step in steps])
+        finally:
+            steps.clear()  # a traceback keeps this frame
+        results = await self._batch.run()
+        return [results[step::n] for step in range(n)]
+
+    def _add_chain(self, requests: list[tuple[Any, ...]]) -> None:
+        chain = self._batch.chain()
+        for request, link in zip(requests, self._links, strict=True):
+            if type(request[-1]) is DirectFile:
+                chain._add_direct(request)
+            else:
+                chain._add(link, request)
+        requests.clear()
+
+
 def batch() -> Batch:
     """A new `Batch`: many operations, one submission, one wake-up.
 
@@ -726,3 +843,12 @@ def chain() -> Chain:
         UnavailableError: this run has no ring.
     """
     return Batch().chain()
+
+
+def chains() -> Chains:
+    """`Chains` in a batch of their own: many that differ in nothing but their arguments.
+
+    Raises:
+        UnavailableError: this run has no ring.
+    """
+    return Chains(Batch())

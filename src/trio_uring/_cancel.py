@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from trio.lowlevel import RaiseCancelT, Task
 
-    from ._ring import SubmissionQueue
+    from ._ring import Form, SubmissionQueue
 
 INDEX_BITS: Final = 20
 INDEX_MASK: Final = (1 << INDEX_BITS) - 1
@@ -168,6 +168,7 @@ class Kind(Generic[T]):
         fallback: does it without the ring where the kernel lacks it.
         cloexec: the field with the close-on-exec flag, for an operation that can make a direct descriptor,
             which must not have that flag.
+        form: how its positional arguments fill its SQE, if C can do that. Its result is then ``res``, or nothing.
         readiness: True for polls: no result, nothing pinned, not counted against ``max_in_flight``.
         flags: the SQE's ``IOSQE_*`` flags.
         ioprio: the SQE's ioprio field, which several opcodes use for flags of their own.
@@ -197,6 +198,7 @@ class Kind(Generic[T]):
     proxy: Opcode | None = None
     fallback: Fallback | None = None
     cloexec: Literal["off", "op_flags", "open_how"] | None = None
+    form: Form | None = None
     readiness: bool = False
     flags: int = 0
     ioprio: int = 0

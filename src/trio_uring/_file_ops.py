@@ -22,6 +22,7 @@ from ._abi import FSYNC_DATASYNC, Opcode
 from ._core import HasFileno, _this_thread, number_of
 from ._errors import ERESTARTS
 from ._ops import close_result, filled_by, operation, row
+from ._ring import Form
 from ._structs import (
     CHARS,
     address_of,
@@ -55,8 +56,26 @@ _FIELD_MAX: Final = (1 << 32) - 1
 
 # Reading and writing
 
-READ = row("read", Opcode.READ, "5.6", "count", "read into a buffer", runs="may block", wait_for=select.POLLIN)
-WRITE = row("write", Opcode.WRITE, "5.6", "count", "write from a buffer", runs="may block", wait_for=select.POLLOUT)
+READ = row(
+    "read",
+    Opcode.READ,
+    "5.6",
+    "count",
+    "read into a buffer",
+    runs="may block",
+    wait_for=select.POLLIN,
+    form=Form("FW|OG", off=-1),
+)
+WRITE = row(
+    "write",
+    Opcode.WRITE,
+    "5.6",
+    "count",
+    "write from a buffer",
+    runs="may block",
+    wait_for=select.POLLOUT,
+    form=Form("FR|OG", off=-1),
+)
 READV = row(
     "readv", Opcode.READV, "5.1", "count", "read into several buffers", runs="may block", wait_for=select.POLLIN
 )
@@ -148,6 +167,7 @@ OPENAT = row(
     names="directory",
     dispose=close_result,
     cloexec="op_flags",
+    form=Form("PG|L", fd=AT_FDCWD, length=0o777, op_flags=os.O_CLOEXEC),
 )
 OPENAT2 = row(
     "openat2",

@@ -79,6 +79,14 @@ def _decode(request: tuple[Any, ...], res: int) -> Any:
         return bare(exc)
 
 
+def values_of(requests: Iterable[tuple[Any, ...]], results: list[int]) -> list[Any]:
+    """What the callers get for results that are all good."""
+    return [
+        None if (decode := request[0].decode) is nothing else res if decode is None else _decode(request, res)
+        for request, res in zip(requests, results, strict=True)
+    ]
+
+
 def _opens(kind: Kind[Any]) -> bool:
     """Is its result a new fd, and nothing else? Data that has moved is not to be lost."""
     return kind.dispose is not None and kind.opcode is not Opcode.RECVMSG
@@ -87,6 +95,12 @@ def _opens(kind: Kind[Any]) -> bool:
 def whole(request: tuple[Any, ...]) -> tuple[Any, ...]:
     """A request with all the arguments of `UringIOManager.perform`."""
     return request + PADDING[len(request)]
+
+
+def fd_of(request: tuple[Any, ...]) -> int:
+    """The fd a request names, or a negative number."""
+    fd: int = request[1] if len(request) > 1 else -1
+    return fd
 
 
 def second_fd_of(request: tuple[Any, ...]) -> int:
@@ -106,11 +120,10 @@ class Job(Operation):
         owner: the I/O manager.
         borrowed: idle operations, one for each request; the job has their slots until it is done.
         requests: what each asks for, as the arguments of `UringIOManager.perform`; with that, the memory it uses.
-        fds: the fd of each; -1 is none.
         links: flag of each position whose request is linked to the next one.
         occupied: ``(fd, direction)`` for which there may be no other task.
         closed: positions whose fd is closed already.
-        plain: whether the results are the ``res`` of the CQEs.
+        decode: makes the callers' results of the ``res`` of the CQEs where all are good; None: they are the same.
         finish: called with the owner when it is over, however it ends: the descriptors it had can go.
 
     Attributes:
@@ -128,11 +141,10 @@ class Job(Operation):
         "_tries",
         "borrowed",
         "closed",
-        "fds",
+        "decode",
         "finish",
         "links",
         "occupied",
-        "plain",
         "requests",
         "size",
         "struct",
@@ -143,12 +155,11 @@ class Job(Operation):
         self,
         owner: JobOwner,
         borrowed: Sequence[Operation],
-        requests: list[tuple[Any, ...]],
-        fds: Sequence[int],
+        requests: Sequence[tuple[Any, ...]],
         links: Mapping[int, int],
         occupied: frozenset[tuple[int, str]],
         closed: set[int],
-        plain: bool,
+        decode: Callable[[list[int]], list[Any]] | None,
         finish: Callable[[Any], None],
     ) -> None:
         super().__init__(borrowed[0].token & INDEX_MASK, owner, [], (), borrowed[0].trap)
@@ -156,10 +167,9 @@ class Job(Operation):
         self.kind = BATCH
         self.borrowed = borrowed
         self.requests = requests
-        self.fds = fds
         self.links = links
         self.occupied = occupied
-        self.plain = plain
+        self.decode = decode
         self.finish = finish
         self.size = len(requests)
         self.closed = closed
@@ -168,7 +178,7 @@ class Job(Operation):
         self._named: dict[int, list[tuple[int, Any]]] | None = None
         self._tries: dict[int, int] = {}
         self._array = ffi.new(_RESULTS, self.size)
-        self.struct = ffi.new(_STRUCT, {"results": self._array + 0, "size": self.size, "left": self.size})
+        self.struct = ffi.new(_STRUCT, (0, self._array, self.size, self.size))
 
     @property
     def index(self) -> int:
@@ -252,7 +262,8 @@ class Job(Operation):
     def _index_fds(self) -> dict[int, list[tuple[int, Any]]]:
         """For each fd the positions that name it, and in which field."""
         named: dict[int, list[tuple[int, Any]]] = {}
-        for position, (fd, request) in enumerate(zip(self.fds, self.requests, strict=True)):
+        for position, request in enumerate(self.requests):
+            fd = fd_of(request)
             if fd >= 0:
                 named.setdefault(fd, []).append((position, "fd"))
             if request[0].second_fd is not None:
@@ -278,12 +289,7 @@ class Job(Operation):
                 interrupt()
             if min(results) < 0:
                 return self._judge_each(results)
-            if self.plain:
-                return results, []
-            return [
-                None if (decode := request[0].decode) is nothing else res if decode is None else _decode(request, res)
-                for request, res in zip(self.requests, results, strict=True)
-            ], []
+            return results if self.decode is None else self.decode(results), []
         finally:
             del interrupt
             self.pick_up()
@@ -378,7 +384,7 @@ class Job(Operation):
             dispose(res, whole(request)[_KEEP])
 
     def _let_go(self) -> None:
-        self.task = self.interrupt = None
-        self.requests = []
+        self.task = self.interrupt = self.decode = None
+        self.requests = ()
         self.borrowed[0].stand_in = None
         self.owner.end_job(self)

@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import mmap
 import os
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from . import _native
 from ._abi import CQE_BUFFER_SHIFT, CQE_F_BUF_MORE, PBUF_RING_INC, Feature, Opcode, Setup
@@ -157,14 +158,38 @@ def mode_from_environment() -> str | None:
     return check_mode(mode.lower(), "the environment variable TRIO_URING") if mode else None
 
 
+class Form(NamedTuple):
+    """How positional arguments fill an SQE, in C.
+
+    Attributes:
+        letters: what each is; see ``native/fill.c``.
+        fd, off, length, op_flags: the fields where no argument says otherwise.
+    """
+
+    letters: str
+    fd: int = -1
+    off: int = 0
+    length: int = 0
+    op_flags: int = 0
+
+
+@functools.cache
+def _in_c(head: int, form: Form) -> tuple[Any, Any]:
+    """An entry that is blank but for what all have in common, and the letters."""
+    blank = ffi.new(_CHARS, SQE_SIZE)
+    pack_sqe(ffi.buffer(blank), 0, head, form.fd, form.off, 0, form.length, form.op_flags)
+    return blank, ffi.new(_CHARS, form.letters.encode())
+
+
 class SQEs:
     """Memory for submission queue entries."""
 
-    __slots__ = ("_memory", "_size")
+    __slots__ = ("_memory", "_pins", "_size")
 
     def __init__(self, capacity: int) -> None:
         self._size = SQE_SIZE * capacity
         self._memory = ffi.new(_CHARS, self._size)
+        self._pins: Any = None  # what holds the buffers, where C has filled them
 
     @property
     def memory(self) -> Any:
@@ -175,20 +200,54 @@ class SQEs:
         """The same memory in bytes, for `pack_sqe`, and in pointers."""
         return memoryview(ffi.buffer(self._memory)).cast("B"), ffi.cast(_POINTERS, self._memory)
 
-    def fill_alike(
-        self,
-        head: int,
-        fds: Sequence[int],
-        offsets: Sequence[int],
-        pins: Sequence[Any],
-        op_flags: Sequence[int],
-    ) -> None:
-        """Fills the first entries, which differ only in these fields, in C. Each transfers all of its pin.
+    @classmethod
+    def of_rows(cls, head: int, form: Form, rows: list[tuple[Any, ...]], file: object) -> SQEs | None:
+        """Filled in C, one for each tuple of arguments; None if there is something out of the ordinary in one.
 
-        Raises:
-            OverflowError, TypeError: a value does not fit its field. Nothing is filled.
+        Args:
+            head: the first four bytes of each.
+            form: what the arguments are.
+            rows: the arguments.
+            file: what stands for the fd in all of them, if it is not known yet.
         """
-        lib.tu_fill(self._memory, len(fds), head, fds, offsets, pins, list(map(len, pins)), op_flags)
+        sqes = cls(len(rows))
+        pins = lib.tu_new_pins(len(rows))
+        if pins == ffi.NULL:
+            raise MemoryError
+        sqes._pins = ffi.gc(pins, lib.tu_free_pins)
+        blank, letters = _in_c(head, form)
+        address = ffi.NULL if file is None else ffi.cast("void *", id(file))
+        good = lib.tu_fill(sqes._memory, blank, letters, ffi.cast("void *", id(rows)), address, sqes._pins)
+        return sqes if good else None
+
+    def weave(
+        self,
+        sqes: SQEs,
+        lanes: int,
+        steps: int,
+        step: int,
+        link: int,
+        opened: Sequence[int] | None,
+        used: Sequence[int] | None,
+    ) -> None:
+        """Puts in one step of ``lanes`` chains of so many steps.
+
+        Args:
+            sqes: the step of each chain.
+            link: the ``IOSQE_*`` flag that ties it to the next one, or 0.
+            opened, used: the places of the direct descriptors that it opens or names.
+        """
+        null = ffi.NULL
+        lib.tu_weave(
+            self._memory,
+            sqes._memory,
+            lanes,
+            steps,
+            step,
+            link,
+            null if opened is None else opened,
+            null if used is None else used,
+        )
 
     def set_field(self, index: int, field: Literal["fd", "off", "length", "file_index"], value: int) -> None:
         """Changes a field of an entry."""

@@ -5,7 +5,7 @@ They run inside `trio_uring.run`, or any trio run after `trio_uring.install`.
 
 from __future__ import annotations
 
-from ._batch import Batch, Chain, DirectFile, batch, chain
+from ._batch import Batch, Chain, Chains, batch, chain, chains
 from ._cancel import Kind, State
 from ._core import InFlight
 from ._errors import ChainBrokenError
@@ -71,6 +71,7 @@ from ._other_ops import (
     tee,
     waitid,
 )
+from ._rows import DirectFile
 from ._socket_ops import (
     accept,
     bind,
@@ -107,6 +108,7 @@ __all__ = [
     "BufferView",
     "Chain",
     "ChainBrokenError",
+    "Chains",
     "Chunks",
     "Connections",
     "DirectFile",
@@ -125,6 +127,7 @@ __all__ = [
     "batch",
     "bind",
     "chain",
+    "chains",
     "close",
     "connect",
     "epoll_ctl",

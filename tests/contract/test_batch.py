@@ -127,7 +127,7 @@ async def _perform_in_a_batch(*request: Any, **readiness: Any) -> Any:
     if readiness:
         return await UringIOManager.perform(manager(), *request, **readiness)
     new = batch()
-    new._requests.append(request)
+    new._one_by_one().append(request)
     del request  # a traceback keeps this frame
     (result,) = await new.run()
     return _unwrap(result)
@@ -672,7 +672,7 @@ async def test_an_interruption_after_a_cancel_by_fd_is_not_tried_again(bench: Be
     fd = bench.file()
     new = batch()
     _, _, *fields = inject(-errno.EINTR)
-    new._requests.append((_ops.NOP, fd, *fields))
+    new._one_by_one().append((_ops.NOP, fd, *fields))
 
     async def run() -> list[Any]:
         return await new.run()
@@ -1004,7 +1004,7 @@ def impatient(fd: int, buffer: bytearray) -> tuple[Any, ...]:
 
 async def _run_requests(*requests: tuple[Any, ...]) -> list[Any]:
     new = batch()
-    new._requests += requests
+    new._one_by_one().extend(requests)
     del requests  # a traceback keeps this frame
     return await new.run()
 
@@ -1033,7 +1033,7 @@ async def test_cancelled_while_it_tries_again(bench: Bench) -> None:
     pipes = [bench.pipe() for _ in range(3)]
     buffer = bytearray(5)
     new = batch()
-    new._requests += [impatient(read_end, buffer) for read_end, _ in pipes]
+    new._one_by_one().extend([impatient(read_end, buffer) for read_end, _ in pipes])
     new.add(lowlevel.openat, bench.path(b"x"), os.O_RDONLY)
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, new.run)
@@ -1052,7 +1052,7 @@ async def test_closed_while_it_tries_again(bench: Bench) -> None:
     pipes = [bench.pipe() for _ in range(2)]
     buffer = bytearray(1)
     new = batch()
-    new._requests += [impatient(read_end, buffer) for read_end, _ in pipes]
+    new._one_by_one().extend([impatient(read_end, buffer) for read_end, _ in pipes])
     with no_garbage_collection():
         async with trio.open_nursery() as nursery:
             attempt = await parked(nursery, new.run)

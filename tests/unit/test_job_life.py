@@ -11,6 +11,7 @@ import errno
 import gc
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import outcome
@@ -27,7 +28,7 @@ from trio_uring._abi import CQE_F_NOTIF, SQE_IO_HARDLINK, SQE_IO_LINK, Opcode
 from trio_uring._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State
 from trio_uring._core import UringIOManager
 from trio_uring._errors import INTERRUPTED, ChainBrokenError
-from trio_uring._job import Job
+from trio_uring._job import Job, values_of
 from trio_uring._ring import SQEs, ffi, lib, pack_sqe
 from trio_uring.testing import SimulatedRing
 
@@ -145,7 +146,14 @@ class JobLife(RuleBasedStateMachine):
         requests, sqes = self.fill(call)
         fds = [fd for _, fd, _ in call.requests]
         call.job = job = Job(
-            self.manager, borrowed, requests, fds, call.links, frozenset(), set(), False, lambda _: self.finish(call)
+            self.manager,
+            borrowed,
+            requests,
+            call.links,
+            frozenset(),
+            set(),
+            partial(values_of, requests),
+            lambda _: self.finish(call),
         )
         job.siblings = [self.manager.siblings_of(fd) for fd in set(fds)]
         del requests

@@ -19,6 +19,7 @@ LAYERS: Final = (
     {"_ring", "_structs"},
     {"_cancel"},
     {"_job", "_shots", "_registered"},
+    {"_rows"},
     {"_core"},
     {"_mount"},
     {"_ops", "_fallback"},
