@@ -50,4 +50,12 @@ def asan(session: nox.Session) -> None:
     library = session.run("gcc", "-print-file-name=libasan.so", external=True, silent=True)
     env = {"LD_PRELOAD": str(library).strip(), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
     # --capture=sys: what the sanitisers write to file descriptor 2 must not be swallowed.
-    session.run("pytest", "--capture=sys", "tests/unit", "tests/stress/test_teardown.py", *session.posargs, env=env)
+    session.run(
+        "pytest",
+        "--capture=sys",
+        "tests/unit",
+        "tests/contract/test_alike.py",
+        "tests/stress/test_teardown.py",
+        *session.posargs,
+        env=env,
+    )

@@ -195,30 +195,34 @@ class Batch:
             raise RuntimeError("a batch runs in the trio run that made it")
         requests, self._requests = self._requests, _Spent()
         try:
-            return await self._run(requests)
+            if not requests:
+                await trio.lowlevel.checkpoint()
+                return []
+            await trio.lowlevel.checkpoint_if_cancelled()
+            without_ring = self._take_out_what_the_kernel_lacks(requests) if self._manager.lacks_any else {}
+            return await self._run(self._parts(requests), len(requests), without_ring)
         finally:
             requests.clear()  # a traceback keeps this frame
 
-    async def _run(self, requests: list[tuple[Any, ...]] | Filled) -> list[Any]:
-        size = len(requests)
-        if size == 0:
-            await trio.lowlevel.checkpoint()
-            return []
-        await trio.lowlevel.checkpoint_if_cancelled()
-        without_ring = self._take_out_what_the_kernel_lacks(requests) if self._manager.lacks_any else {}
-        parts = self._parts(requests)
+    async def _run(
+        self, parts: list[_Part], size: int, without_ring: dict[int, tuple[tuple[Any, ...], set[Any]]]
+    ) -> list[Any]:
         try:
-            for part in parts[1:]:
-                part.watch(self._manager)  # their turn comes only later
-                part.check()
-            values = await (self._run_part(parts[0]) if len(parts) == 1 else self._run_parts(parts))
+            if len(parts) == 1:
+                values = await self._run_part(parts[0])
+            else:
+                for part in parts[1:]:
+                    part.watch(self._manager)  # their turn comes only later
+                    part.check()
+                values = await self._run_parts(parts)
         finally:
             for part in parts:
-                part.requests = []  # a traceback keeps this frame
+                part.requests = ()  # a traceback keeps this frame
         for position, (request, siblings) in without_ring.items():
             if position < len(values):
                 values[position] = self._fall_back(siblings, *whole(request))
-        values += [os_error(-errno.ECANCELED) for _ in range(size - len(values))]
+        if len(values) < size:
+            values += [os_error(-errno.ECANCELED) for _ in range(size - len(values))]
         return values
 
     async def _run_parts(self, parts: list[_Part]) -> list[Any]:

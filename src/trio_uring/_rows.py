@@ -194,6 +194,9 @@ class Filled(Sequence["tuple[Any, ...]"]):
     def __len__(self) -> int:
         return self.lanes * self.steps
 
+    def __bool__(self) -> bool:
+        return True
+
     @overload
     def __getitem__(self, position: int) -> tuple[Any, ...]: ...
     @overload
