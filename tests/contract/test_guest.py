@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from tests.helpers import Bench
+    from trio_uring._core import UringIOManager
 
 
 class Asleep:
@@ -163,12 +164,18 @@ def test_many_rounds(bench: Bench) -> None:
     """A partner in a thread answers each message, so that each round sleeps in a worker."""
     a, b = bench.sockets()
     rounds = 500
+    managers: list[UringIOManager] = []
 
     def partner() -> None:
-        while data := b.recv(9):
+        b.send(b.recv(9))
+        data = b.recv(9)
+        spin_until(lambda: managers[0]._worker_waits)
+        while data:
             b.send(data)
+            data = b.recv(9)
 
     async def main() -> None:
+        managers.append(manager())
         buffer = bytearray(9)
         for i in range(rounds):
             await lowlevel.send(a, b"%d" % i)
@@ -177,7 +184,7 @@ def test_many_rounds(bench: Bench) -> None:
         assert manager()._notify_fd is not None  # it did sleep
         a.shutdown(1)
 
-    thread = threading.Thread(target=partner)
+    thread = threading.Thread(target=partner, daemon=True)
     thread.start()
     run_guest(main)
     thread.join()

@@ -399,8 +399,10 @@ def test_changes_of_directories(history: list[tuple[str, str, str, int]]) -> Non
     form=st.sampled_from([str, os.fsencode, Path]),
 )
 def test_statx(name: str, follow: bool, form: Callable[[str], Any]) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        _furnish(Path(directory))
+    with tempfile.TemporaryDirectory() as parent:
+        directory = Path(parent) / "in a directory where nobody else is"
+        directory.mkdir()
+        _furnish(directory)
         path = form(os.path.join(directory, name))
         expected = plainly(os.stat if follow else os.lstat, path)
         assert our(partial(lowlevel.statx, flags=0 if follow else 0x100), path) == expected
