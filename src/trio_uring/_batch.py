@@ -153,13 +153,13 @@ class Batch:
             arguments: the positional arguments of each call.
         """
         filler = filler_of(operation)
+        rows = [*map(tuple, arguments)]  # now, as whoever yields them may add to this batch, or use a list again
         if not self._requests and type(self._requests) is list:
-            arguments = list(arguments)
-            column = fill_column(TABLE[operation.__name__], filler, arguments)
+            column = fill_column(TABLE[operation.__name__], filler, rows)
             if column is not None:
                 self._requests = Filled([column])
                 return
-        self._one_by_one().extend(starmap(filler, arguments))
+        self._one_by_one().extend(starmap(filler, rows))
 
     def chain(self) -> Chain:
         """Begins a chain: operations of this batch that follow one another."""
@@ -777,7 +777,7 @@ class Chains:
         arguments: Iterable[tuple[Any, ...]],
         opened: DirectFile | None = None,
     ) -> None:
-        filler, rows, first = filler_of(operation), [*arguments], not self._steps
+        filler, rows, first = filler_of(operation), [*map(tuple, arguments)], not self._steps
         if type(self._batch._requests) is _Spent:
             raise RuntimeError("the chains have been run")
         if not first and len(rows) != len(self._steps[0]):
@@ -824,7 +824,7 @@ class Chains:
     def _add_chain(self, requests: list[tuple[Any, ...]]) -> None:
         chain = self._batch.chain()
         for request, link in zip(requests, self._links, strict=True):
-            if type(request[-1]) is DirectFile:
+            if type(whole(request)[-1]) is DirectFile:
                 chain._add_direct(request)
             else:
                 chain._add(link, request)

@@ -29,6 +29,8 @@ from trio_uring._rows import Column, DirectFile, Filled, as_direct, direct_form,
 from trio_uring.lowlevel import TABLE, Chains, batch, chains
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.helpers import Bench, Mount
     from trio_uring.lowlevel import Kind
 
@@ -175,6 +177,63 @@ async def test_reads_writes_and_opens(bench: Bench) -> None:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+async def test_rows_that_add_to_their_batch(bench: Bench) -> None:
+    """They come first; nothing is lost."""
+    fd = bench.file(b"abc")
+    buffers = [bytearray(1) for _ in range(3)]
+    new = batch()
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for offset, buffer in enumerate(buffers):
+            new.add(lowlevel.nop)
+            yield fd, buffer, offset
+
+    new.extend(lowlevel.read, rows())
+    assert await new.run() == [None] * 3 + [1] * 3
+    assert b"".join(buffers) == b"abc"
+
+
+class Backwards(tuple[Any, ...]):
+    """Its arguments are not what it is made of."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[at] for at in range(len(self) - 1, -1, -1)])
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("make", [tuple, list, iter, "one list", Backwards])
+async def test_rows_of_any_kind(bench: Bench, make: Any, chained: bool) -> None:
+    """As `starmap` takes them: a list that changes from row to row, an iterator."""
+    path = bench.path(b"abc")
+    fd = os.open(path, os.O_RDONLY)
+    buffers = [bytearray(1) for _ in range(3)]
+    same: list[Any] = []
+
+    def rows(file: int) -> Iterator[Any]:
+        for offset, buffer in enumerate(buffers):
+            row = [file, buffer, offset]
+            if make == "one list":
+                same[:] = row
+                yield same
+            else:
+                yield Backwards(reversed(row)) if make is Backwards else make(row)
+
+    try:
+        if chained:
+            new = chains()
+            file = new.direct(lowlevel.openat, [(path, os.O_RDONLY)] * 3)
+            new.add(lowlevel.read, rows(file))
+            assert (await new.run())[1] == [1] * 3
+        else:
+            reads = batch()
+            reads.extend(lowlevel.read, rows(fd))
+            assert is_filled(reads)
+            assert await reads.run() == [1] * 3
+    finally:
+        os.close(fd)
+    assert b"".join(buffers) == b"abc"
 
 
 async def test_with_others_added(bench: Bench) -> None:
@@ -481,6 +540,20 @@ async def test_soft_and_hard_links(bench: Bench) -> None:
         assert isinstance(fd, int) is hard
         if hard:
             os.close(fd)
+
+
+async def test_a_hard_link_behind_a_close(bench: Bench) -> None:
+    """A step that takes nothing but the file opens none."""
+    (path,) = small_files(bench, 1)
+    for hard in (False, True):
+        new = chains()
+        file = new.direct(lowlevel.openat, [(path, os.O_RDONLY)])
+        new.add(lowlevel.close, [(file,)])
+        (new.add_hard if hard else new.add)(lowlevel.close, [(file,)])
+        new.add(lowlevel.nop, [()])
+        _, closed, again, (last,) = await new.run()
+        assert errnos(closed + again) == [None, errno.EBADF]
+        assert isinstance(last, ChainBrokenError) is not hard
 
 
 @pytest.mark.ring(max_in_flight=24)
