@@ -155,7 +155,7 @@ class Batch:
         filler = filler_of(operation)
         rows = [*map(tuple, arguments)]  # now, as whoever yields them may add to this batch, or use a list again
         if not self._requests and type(self._requests) is list:
-            column = fill_column(TABLE[operation.__name__], filler, rows)
+            column = fill_column(TABLE[operation.__name__], rows)
             if column is not None:
                 self._requests = Filled([column])
                 return
@@ -788,9 +788,9 @@ class Chains:
         )
         column: Column | list[tuple[Any, ...]] | None = None
         if opened is not None and kind.cloexec == "op_flags":
-            column = fill_column(direct_form(kind), filler, rows, 0, opened, used)
+            column = fill_column(direct_form(kind), rows, opened, used)
         elif opened is None and (first or used is not None or kind.names == "directory"):
-            column = fill_column(kind, filler, rows, 0, None, used)
+            column = fill_column(kind, rows, None, used)
         if column is None:
             column = [request_of(filler, row, lane, opened, self._files) for lane, row in enumerate(rows)]
             try:

@@ -43,7 +43,8 @@ lib: Final = _native.lib
 
 # opcode|flags|ioprio, fd, off, addr, len, op flags, user_data; what follows is zero unless `extra` is given
 _fill: Final = struct.Struct("<IiqQIIQ24x").pack_into
-pack_sqe: Final = struct.Struct("<IiqQII").pack_into  # all but user_data, in memory that is zero
+_fields: Final = struct.Struct("<IiqQII")  # all but user_data
+pack_sqe: Final = _fields.pack_into  # in memory that is zero
 SQE_EXTRA_AT: Final = 40
 pack_sqe_extra: Final = struct.Struct("<HHiQ8x").pack_into  # buf_index, personality, file_index, addr3
 SQE_SIZE: Final = 64
@@ -184,12 +185,11 @@ def _in_c(head: int, form: Form) -> tuple[Any, Any]:
 class SQEs:
     """Memory for submission queue entries."""
 
-    __slots__ = ("_memory", "_pins", "_size")
+    __slots__ = ("_memory", "_size")
 
     def __init__(self, capacity: int) -> None:
         self._size = SQE_SIZE * capacity
         self._memory = ffi.new(_CHARS, self._size)
-        self._pins: Any = None  # what holds the buffers, where C has filled them
 
     @property
     def memory(self) -> Any:
@@ -201,8 +201,9 @@ class SQEs:
         return memoryview(ffi.buffer(self._memory)).cast("B"), ffi.cast(_POINTERS, self._memory)
 
     @classmethod
-    def of_rows(cls, head: int, form: Form, rows: list[tuple[Any, ...]], file: object) -> SQEs | None:
-        """Filled in C, one for each tuple of arguments; None if there is something out of the ordinary in one.
+    def of_rows(cls, head: int, form: Form, rows: list[tuple[Any, ...]], file: object) -> tuple[SQEs, Any] | None:
+        """Filled in C, one for each tuple of arguments; and what holds their buffers. None if there is something out
+        of the ordinary in one.
 
         Args:
             head: the first four bytes of each.
@@ -214,15 +215,16 @@ class SQEs:
         pins = lib.tu_new_pins(len(rows))
         if pins == ffi.NULL:
             raise MemoryError
-        sqes._pins = ffi.gc(pins, lib.tu_free_pins)
+        pins = ffi.gc(pins, lib.tu_free_pins)
         blank, letters = _in_c(head, form)
         address = ffi.NULL if file is None else ffi.cast("void *", id(file))
-        good = lib.tu_fill(sqes._memory, blank, letters, ffi.cast("void *", id(rows)), address, sqes._pins)
-        return sqes if good else None
+        good = lib.tu_fill(sqes._memory, blank, letters, ffi.cast("void *", id(rows)), address, pins)
+        return (sqes, pins) if good else None
 
     def weave(
         self,
         sqes: SQEs,
+        start: int,
         lanes: int,
         steps: int,
         step: int,
@@ -233,14 +235,14 @@ class SQEs:
         """Puts in one step of ``lanes`` chains of so many steps.
 
         Args:
-            sqes: the step of each chain.
+            sqes: the step of each chain, and of others before ``start`` and behind.
             link: the ``IOSQE_*`` flag that ties it to the next one, or 0.
             opened, used: the places of the direct descriptors that it opens or names.
         """
         null = ffi.NULL
         lib.tu_weave(
             self._memory,
-            sqes._memory,
+            sqes._memory + SQE_SIZE * start,
             lanes,
             steps,
             step,
@@ -248,6 +250,11 @@ class SQEs:
             null if opened is None else opened,
             null if used is None else used,
         )
+
+    def fields(self, index: int) -> tuple[int, int, int, int, int]:
+        """``fd, off, addr, length, op_flags`` of an entry."""
+        _, *fields = _fields.unpack_from(ffi.buffer(self._memory), index << 6)
+        return tuple(fields)
 
     def set_field(self, index: int, field: Literal["fd", "off", "length", "file_index"], value: int) -> None:
         """Changes a field of an entry."""

@@ -5,10 +5,11 @@ operations are alike both are left out.
 
 The data path: rows of arguments go to ``native/fill.c``, which makes an SQE of each and takes an export of its buffer.
 A `Column` is one operation for each row, `Filled` one or more columns side by side: chains of which each column is a
-step. What is seldom asked for, a single request as `UringIOManager.perform` takes it, is made anew from its row.
+step. What is seldom asked for, a single request as `UringIOManager.perform` takes it, is read from its SQE: to make it
+anew from its row would run code of the caller's, which may raise, where nobody expects it.
 
-Who owns what: a column owns its rows and exports. `Filled` owns the columns, and is what a batch, then a `Job`, has in
-place of a list of requests.
+Who owns what: a column owns its rows and exports. `Filled`, some chains of some columns, shares in them; it is what a
+batch, then a `Job`, has in place of a list of requests.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def request_of(
     opened: DirectFile | None,
     files: Container[object],
 ) -> tuple[Any, ...]:
-    """What a row asks for in one of many chains: ``opened`` and ``files`` stand for the files of each."""
+    """What a row asks for, in Python, in one of many chains: ``opened`` and ``files`` stand for the files of each."""
     request = filler(*[each.of(lane) if type(each) is DirectFile and each in files else each for each in row])
     return request if opened is None else as_direct(request, opened.of(lane))
 
@@ -98,56 +99,49 @@ class Column:
 
     Args:
         kind: the row of the operation table.
-        filler: makes a request of a row.
         rows: the arguments.
-        start: the number of the first row's chain.
         opened: what stands for the direct descriptors that are opened, if they are.
         used: what stands for those that are named, if they are.
         sqes: the rows' SQEs.
+        pins: what holds their buffers.
     """
 
     def __init__(
         self,
         kind: Kind[Any],
-        filler: Callable[..., tuple[Any, ...]],
         rows: list[tuple[Any, ...]],
-        start: int,
         opened: DirectFile | None,
         used: DirectFile | None,
         sqes: SQEs,
+        pins: Any,
     ) -> None:
         self.kind = kind
+        self.rows = rows
         self.opened = opened
         self.used = used
         self.sqes = sqes
-        self._filler = filler
-        self.rows = rows
-        self._start = start
+        self._pins = pins
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, lane: int) -> tuple[Any, ...]:
-        return request_of(self._filler, self.rows[lane], self._start + lane, self.opened, {self.used})
+        fd, off, addr, length, op_flags = self.sqes.fields(lane)
+        opened = None if self.opened is None else self.opened.of(lane)
+        filename = None
+        if not _names_fd(self.kind):
+            filename = self.rows[lane][0]
+        elif self.used is not None:
+            fd = self.used.of(lane)
+        return self.kind, fd, off, None, length, op_flags, self._pins, filename, addr, None, opened
 
-    def part(self, start: int, end: int) -> Column:
-        """Some of the rows."""
-        return self if end - start == len(self.rows) else cast("Column", self._fill(start, end))
+    def fds(self, start: int, end: int) -> set[int]:
+        """What these rows name."""
+        return {row[0] for row in self.rows[start:end]} if _names_fd(self.kind) and self.used is None else set()
 
-    def _fill(self, start: int, end: int) -> Column | None:
-        kind, used = self.kind, self.used
-        return fill_column(kind, self._filler, self.rows[start:end], self._start + start, self.opened, used)
-
-    def fds(self) -> set[int]:
-        """What they name."""
-        return {row[0] for row in self.rows} if _names_fd(self.kind) and self.used is None else set()
-
-    def files(self) -> Iterable[int]:
-        """The direct descriptors that are opened."""
-        if self.opened is None:
-            return ()
-        first = self.opened - self._start
-        return range(first, first - len(self), -1)
+    def files(self, start: int, end: int) -> Iterable[int]:
+        """The direct descriptors that these rows open."""
+        return () if self.opened is None else range(self.opened - start, self.opened - end, -1)
 
 
 def _names_fd(kind: Kind[Any]) -> bool:
@@ -156,17 +150,15 @@ def _names_fd(kind: Kind[Any]) -> bool:
 
 def fill_column(
     kind: Kind[Any],
-    filler: Callable[..., tuple[Any, ...]],
     rows: list[tuple[Any, ...]],
-    start: int = 0,
     opened: DirectFile | None = None,
     used: DirectFile | None = None,
 ) -> Column | None:
     """The rows as a `Column`, or None if there is anything in them that C does not know."""
     if kind.form is None or not rows or (used is not None and not _names_fd(kind)):
         return None
-    sqes = SQEs.of_rows(kind.head, kind.form, rows, used)
-    return None if sqes is None else Column(kind, filler, rows, start, opened, used, sqes)
+    filled = SQEs.of_rows(kind.head, kind.form, rows, used)
+    return None if filled is None else Column(kind, rows, opened, used, *filled)
 
 
 class Filled(Sequence["tuple[Any, ...]"]):
@@ -175,6 +167,7 @@ class Filled(Sequence["tuple[Any, ...]"]):
     Args:
         columns: the steps.
         links: what ties each step to the next: ``IOSQE_*`` flags.
+        start, end: which of the chains.
 
     Attributes:
         lanes: how many chains.
@@ -183,13 +176,16 @@ class Filled(Sequence["tuple[Any, ...]"]):
         opened: how many direct descriptors each opens.
     """
 
-    def __init__(self, columns: list[Column], links: Sequence[int] = ()) -> None:
-        self.lanes = len(columns[0].rows)
+    def __init__(
+        self, columns: list[Column], links: Sequence[int] = (), start: int = 0, end: int | None = None
+    ) -> None:
+        self.lanes = (len(columns[0]) if end is None else end) - start
         self.steps = len(columns)
         self.kinds = {column.kind for column in columns}
         self.opened = len([None for column in columns if column.opened is not None])
         self._columns = columns
         self._links = links
+        self._start = start
 
     def __len__(self) -> int:
         return self.lanes * self.steps
@@ -206,14 +202,14 @@ class Filled(Sequence["tuple[Any, ...]"]):
             return [self[each] for each in range(*position.indices(len(self)))]
         if not 0 <= position < len(self):
             raise IndexError(position)
-        return self._columns[position % self.steps][position // self.steps]
+        return self._columns[position % self.steps][self._start + position // self.steps]
 
     def part(self, start: int, end: int) -> Filled:
-        """Some of the chains, or all of them; whole columns are shared."""
-        return Filled([column.part(start, end) for column in self._columns], self._links)
+        """Some of the chains, or all of them."""
+        return Filled(self._columns, self._links, start, end)
 
     def clear(self) -> None:
-        """Lets go of everything. Parts keep what is theirs."""
+        """Lets go of everything. Parts keep the columns."""
         self._columns = []
         self.lanes = 0
 
@@ -226,11 +222,13 @@ class Filled(Sequence["tuple[Any, ...]"]):
 
     def fds(self) -> set[int]:
         """What they name."""
-        return self._columns[0].fds().union(*[column.fds() for column in self._columns[1:]])
+        start, end = self._start, self._start + self.lanes
+        return set().union(*[column.fds(start, end) for column in self._columns])
 
     def files(self) -> list[int]:
         """The direct descriptors that are opened."""
-        return [file for column in self._columns for file in column.files()]
+        start, end = self._start, self._start + self.lanes
+        return [file for column in self._columns for file in column.files(start, end)]
 
     def weave(self, places: Sequence[int]) -> SQEs:
         """The SQEs in their order, but for their user_data.
@@ -238,7 +236,7 @@ class Filled(Sequence["tuple[Any, ...]"]):
         Args:
             places: in the ring's table, one for each of `files`.
         """
-        if self.steps == 1 and not places:
+        if self.steps == 1 and not places and self.lanes == len(self._columns[0]):
             return self._columns[0].sqes
         whose: dict[int, Sequence[int]] = {}
         sqes = SQEs(len(self))
@@ -249,7 +247,8 @@ class Filled(Sequence["tuple[Any, ...]"]):
                 opened = whose[column.opened] = places[first : first + self.lanes]
             if column.used is not None:
                 used = whose[column.used]
-            sqes.weave(column.sqes, self.lanes, self.steps, step, [*self._links, 0][step], opened, used)
+            link = [*self._links, 0][step]
+            sqes.weave(column.sqes, self._start, self.lanes, self.steps, step, link, opened, used)
         return sqes
 
     def values(self, results: list[int]) -> list[Any]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.contract.test_batch import errnos
 from tests.helpers import crash, nothing_submitted, parked, run_to_a_crash, spin_until
 from tests.unit.by_hand import no_garbage_collection, pinned
-from trio_uring import UnsupportedOperation, lowlevel, statistics
+from trio_uring import UnsupportedOperation, _file_ops, lowlevel, statistics
 from trio_uring._batch import _Part
 from trio_uring._cancel import nothing
 from trio_uring._errors import ChainBrokenError
@@ -111,7 +111,7 @@ def test_what_c_fills_is_what_python_fills(kind: Kind[Any], direct: bool, data: 
             return
         file = DirectFile.new()
         kind = direct_form(kind)
-    column = fill_column(kind, filler, rows, opened=file)
+    column = fill_column(kind, rows, opened=file)
     try:
         requests = [filler(*row) for row in rows]
         if file is not None:
@@ -281,6 +281,54 @@ async def test_buffers_are_held_until_it_is_over(bench: Bench) -> None:
             assert await attempt.result() == [1, 1, 1]
             assert not any(map(pinned, buffers))
     assert sorted(b"".join(buffers)) == sorted(b"abc")
+
+
+async def test_what_is_cancelled_holds_nothing(bench: Bench) -> None:
+    """Not while its exception is looked at either."""
+    read_end, _ = bench.pipe()
+    buffer = bytearray(1)
+    new = batch()
+    new.extend(lowlevel.read, [(read_end, buffer)])
+    held = []
+
+    async def look() -> None:
+        try:
+            await new.run()
+        except trio.Cancelled:
+            held.append(pinned(buffer))
+            raise
+
+    async with trio.open_nursery() as nursery:
+        attempt = await parked(nursery, look)
+        assert await attempt.cancel()
+    assert held == [False]
+
+
+@pytest.mark.ring(max_in_flight=8)
+async def test_buffers_are_asked_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither parts, nor errors, nor what is tried again, nor what is added behind them needs another export: an
+    array may be read-only by then."""
+    fd = bench.file(b"abcde")
+    read_end, write_end = bench.pipe()
+    os.set_blocking(read_end, False)
+    buffers = [bytearray(1) for _ in range(6)]
+    for more in ([], [(lowlevel.nop,)]):
+        new = batch()
+        pieces = [(fd, buffer, offset) for offset, buffer in enumerate(buffers[:5])]
+        new.extend(lowlevel.read, [*pieces, (read_end, buffers[5]), (-1, bytearray(1))])
+        assert is_filled(new)
+        with monkeypatch.context() as patch:
+            patch.delattr(_file_ops, "from_buffer")
+            for operation in more:
+                new.add(*operation)
+            async with trio.open_nursery() as nursery:
+                attempt = await parked(nursery, new.run)
+                os.write(write_end, b"f")
+                *results, failed = (await attempt.result())[:7]
+        assert results == [1] * 6
+        assert failed.errno == errno.EBADF
+        assert b"".join(buffers) == b"abcdef"
+        assert not any(map(pinned, buffers))
 
 
 async def test_a_batch_that_is_not_run(bench: Bench) -> None:
