@@ -7,8 +7,9 @@
  *   arguments and the objects that hold its buffer. Here it is some 50 ns.
  * - A buffer is held by a real export until the kernel is done, as everywhere in this library: an array of them belongs
  *   to the rows, and goes with them.
- * - Only what is ordinary is done here: exact ints that fit their fields, buffers, names that are str or bytes. Anything
- *   else stops it, and the Python way, which does the same, raises the error or knows better.
+ * - Only what is ordinary is done here: ints that fit their fields, buffers, names that are str or bytes, and none of a
+ *   subclass, which may have ideas of its own. Anything else stops it, and the Python way, which does the same, raises
+ *   the error or knows better.
  * - cffi releases the GIL around a call and does not pass Python objects. So these functions take it back, and are given
  *   addresses of objects that the caller holds.
  *
@@ -19,6 +20,7 @@
 
 #include <fcntl.h>
 
+#if defined(Py_LIMITED_API) && Py_LIMITED_API + 0 < 0x030b0000
 /* In the stable ABI since Python 3.11, with the layout and the exports that 3.10 has. */
 typedef struct {
     void *buf;
@@ -36,8 +38,11 @@ typedef struct {
 
 extern int PyObject_GetBuffer(PyObject *exporter, tu_export *view, int flags);
 extern void PyBuffer_Release(tu_export *view);
-#define TU_SIMPLE 0
-#define TU_WRITABLE 1
+#define PyBUF_SIMPLE 0
+#define PyBUF_WRITABLE 1
+#else /* a debug build of Python has no limited API */
+typedef Py_buffer tu_export;
+#endif
 
 struct tu_pins {
     unsigned n;
@@ -65,7 +70,7 @@ void tu_free_pins(struct tu_pins *pins)
 
 static bool integer(PyObject *argument, int64_t lowest, int64_t highest, int64_t *value)
 {
-    if ((PyObject *)Py_TYPE(argument) != (PyObject *)&PyLong_Type)
+    if (!PyLong_CheckExact(argument))
         return false;
     *value = PyLong_AsLongLong(argument);
     return (*value != -1 || !PyErr_Occurred()) && lowest <= *value && *value <= highest;
@@ -86,16 +91,16 @@ static bool file_name(PyObject *argument, struct io_uring_sqe *sqe, tu_export *e
     char *chars;
     bool good;
 
-    if (PyBytes_Check(argument)) {
+    if (PyBytes_CheckExact(argument)) {
         raw = argument;
         Py_INCREF(raw);
-    } else if (PyUnicode_Check(argument)) {
+    } else if (PyUnicode_CheckExact(argument)) {
         raw = PyUnicode_EncodeFSDefault(argument);
     } else {
         return false;
     }
     good = raw != NULL && PyBytes_AsStringAndSize(raw, &chars, NULL) == 0 /* no null byte in it */
-        && PyObject_GetBuffer(raw, export, TU_SIMPLE) == 0;
+        && PyObject_GetBuffer(raw, export, PyBUF_SIMPLE) == 0;
     Py_XDECREF(raw);
     if (good)
         sqe->addr = (uintptr_t)export->buf;
@@ -104,7 +109,7 @@ static bool file_name(PyObject *argument, struct io_uring_sqe *sqe, tu_export *e
 
 static bool fill_one(struct io_uring_sqe *sqe, const char *form, PyObject *row, const void *file, tu_export *export)
 {
-    Py_ssize_t at = 0, n = PyTuple_Check(row) ? PyTuple_Size(row) : -1;
+    Py_ssize_t at = 0, n = PyTuple_CheckExact(row) ? PyTuple_Size(row) : -1;
     bool optional = false;
     int64_t value;
 
@@ -127,10 +132,10 @@ static bool fill_one(struct io_uring_sqe *sqe, const char *form, PyObject *row, 
                 sqe->fd = (int32_t)value;
             break;
         case 'W':
-            good = buffer(argument, TU_WRITABLE, sqe, export);
+            good = buffer(argument, PyBUF_WRITABLE, sqe, export);
             break;
         case 'R':
-            good = buffer(argument, TU_SIMPLE, sqe, export);
+            good = buffer(argument, PyBUF_SIMPLE, sqe, export);
             break;
         case 'P':
             good = file_name(argument, sqe, export);

@@ -236,6 +236,35 @@ async def test_rows_of_any_kind(bench: Bench, make: Any, chained: bool) -> None:
     assert b"".join(buffers) == b"abc"
 
 
+class OddText(str):
+    """Another name when it is encoded."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return self.removesuffix("?").encode(encoding, errors)
+
+
+class OddBytes(bytes):
+    """Another name when it is exported, from Python 3.12 on."""
+
+    def __buffer__(self, flags: int) -> memoryview:
+        return memoryview(b"no end")
+
+
+@pytest.mark.parametrize("odd", [lambda path: OddText(os.fsdecode(path) + "?"), OddBytes])
+async def test_names_of_a_subclass(bench: Bench, odd: Any) -> None:
+    """As in a single operation, whatever C could make of it."""
+    path = os.fsencode(bench.path())
+    opens = batch()
+    opens.extend(lowlevel.openat, [(odd(path), os.O_RDONLY)])
+    (fd,) = await opens.run()
+    try:
+        assert os.readlink(f"/proc/self/fd/{fd}") == os.fsdecode(path)
+    finally:
+        os.close(fd)
+
+
 async def test_with_others_added(bench: Bench) -> None:
     fd = bench.file(b"abc")
     buffers = [bytearray(1) for _ in range(6)]
