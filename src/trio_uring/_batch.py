@@ -809,7 +809,7 @@ class Chains:
             a list for each step: the results, or exceptions, of each chain.
         """
         steps, self._steps = self._steps, []
-        n = len(steps)
+        n = len(self._links)
         try:
             if all(type(step) is Column for step in steps) and steps:
                 self._batch._requests = Filled(cast("list[Column]", steps[:]), self._links[:-1])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.contract.test_batch import errnos
 from tests.helpers import crash, nothing_submitted, parked, run_to_a_crash, spin_until
 from tests.unit.by_hand import no_garbage_collection, pinned
-from trio_uring import UnsupportedOperation, _file_ops, lowlevel, statistics
+from trio_uring import UnsupportedOperation, _file_ops, lowlevel, run, statistics
 from trio_uring._batch import _Part
 from trio_uring._cancel import nothing
 from trio_uring._errors import ChainBrokenError
@@ -722,6 +722,19 @@ async def test_chains_that_have_been_run(bench: Bench) -> None:
         new.add(lowlevel.read, [(bench.file(), buffer)])
     with pytest.raises(RuntimeError, match="has been run"):
         await new.run()
+
+
+async def test_chains_in_another_run(bench: Bench) -> None:
+    """It does not take them; they are still good in their own."""
+    buffer = bytearray(9)
+    new = open_and_read(small_files(bench, 1), [buffer])
+
+    async def other() -> None:
+        with pytest.raises(RuntimeError, match="in the trio run that made it"):
+            await new.run()
+
+    await trio.to_thread.run_sync(partial(run, other))
+    assert await new.run() == [[None], [1]]
 
 
 async def test_no_chains() -> None:
