@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from . import lowlevel
+from ._binary_files import AsyncFile
 from ._core import UringStatistics
 from ._errors import FallbackWarning, RingError, UnavailableError, UnsupportedOperation
+from ._files import aligned_buffer, open_file
 from ._mount import install, run, statistics, uninstall
 from ._ring import Capabilities, RingConfig, capabilities, is_available, why_not
 
 __all__ = [
+    "AsyncFile",
     "Capabilities",
     "FallbackWarning",
     "RingConfig",
@@ -16,10 +19,12 @@ __all__ = [
     "UnavailableError",
     "UnsupportedOperation",
     "UringStatistics",
+    "aligned_buffer",
     "capabilities",
     "install",
     "is_available",
     "lowlevel",
+    "open_file",
     "run",
     "statistics",
     "uninstall",

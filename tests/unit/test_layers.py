@@ -25,6 +25,8 @@ LAYERS: Final = (
     {"_ops", "_fallback"},
     {"_file_ops", "_socket_ops", "_other_ops", "_zero_copy", "_mailbox", "_multishot"},
     {"_batch"},
+    {"_binary_files"},
+    {"_text_files"},
     {"_files", "_socket"},
     {"_path"},
     {"_net"},

@@ -1,0 +1,1161 @@
+"""The binary layers of a file: raw, on an fd; buffered, on a raw one.
+
+The data path of a buffered read: what is wanted comes out of the *window*, an `io.BytesIO` over the bytes of the last
+read. When they do not suffice the task takes the file's turn, and `RawFile._fetch` reads the next bytes through the
+ring into a new ``bytes`` object, which becomes the window. Writes collect in a ``bytearray`` that goes to the ring when
+it is full.
+
+Who owns what: the raw file owns the fd, the turn and what was read ahead; the buffered file owns the window and the
+bytes that wait to be written, never both at a time. `_text_files` adds the layer that decodes. An `AsyncFile` is the
+top layer of such a pile; what begins with an underscore in a layer is for the layers above it.
+
+What follows from the kernel and from `io`:
+
+* Reads and writes use the file's own position, as `io` does, so a shared fd, ``O_APPEND`` and pipes need no care of
+  their own. Two reads at once would both begin there, so one task at a time has the *turn*; others queue for it.
+* `os.lseek`, `os.fstat` and `os.isatty` look at memory and are called as they are. A statx through the ring would take
+  a kernel worker each time.
+* The buffered layer asks for as much at a time as `io` would, so that positions, ``peek`` and the cookies of text agree
+  with `io` byte for byte. Below it, a regular file that is read on and on is *read ahead* in growing pieces, for the
+  price of one operation each. The fd's position is then further than `io` would have it; whatever depends on it moves
+  it back first.
+* A cancelled read loses nothing: what had come goes back to what is read ahead, on pipes too. A cancelled write has
+  taken nothing of its data, unless a part is in the file already: then the buffer takes the rest and the call returns.
+* A call that the buffer can serve needs no turn: while a task that has it waits, nobody else is served.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import io
+import os
+import select
+import stat
+import warnings
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
+
+import trio
+from trio.lowlevel import ParkingLot, checkpoint, enable_ki_protection
+
+from ._core import _this_thread
+from ._errors import UnsupportedOperation as MissingInKernel
+from ._file_ops import READ, WRITE, fadvise, fallocate, fdatasync, fsync, ftruncate, readv, writev
+from ._ops import POLL
+from ._structs import CHARS, from_buffer
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+    from typing_extensions import Buffer, Self
+
+T = TypeVar("T")
+
+CALLS_PER_CHECKPOINT: Final = 64
+"""How many calls in a row the buffer may serve before one is a checkpoint."""
+
+_READ_AHEAD_MAX: Final = 1 << 18
+_CLOSED: Final = "I/O operation on closed file."
+_NEWLINE: Final = 10
+
+
+def protected(cls: type[T]) -> type[T]:
+    """A class whose async methods Ctrl-C does not interrupt half-way: what they have read would be lost."""
+    for member in vars(cls).values():
+        if inspect.iscoroutinefunction(member):
+            enable_ki_protection(member)
+    return cls
+
+
+class Turn:
+    """Who may use a file: one task at a time, in the order they came.
+
+    Attributes:
+        credit: how many more calls the buffer may serve. 0 while a task has the turn, and once the file is closed.
+    """
+
+    __slots__ = ("_closed", "_left", "_queue", "_taken", "credit")
+
+    def __init__(self) -> None:
+        self.credit = CALLS_PER_CHECKPOINT
+        self._left = 0
+        self._taken = False
+        self._closed = False
+        self._queue: ParkingLot | None = None
+
+    async def __aenter__(self) -> None:
+        if self._is_overdue():
+            await checkpoint()
+            if self._is_overdue():
+                self.credit = CALLS_PER_CHECKPOINT
+        if self._taken:
+            if self._queue is None:
+                self._queue = ParkingLot()
+            await self._queue.park()
+            self.renew()
+        else:
+            self._taken = True
+            self._left = max(0, self.credit - 1)
+            self.credit = 0
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._queue:
+            self._queue.unpark()
+        else:
+            self._taken = False
+            self.credit = 0 if self._closed else self._left
+
+    def _is_overdue(self) -> bool:
+        return not (self.credit or self._taken or self._closed)
+
+    def renew(self) -> None:
+        """The task that has the turn has made a checkpoint."""
+        self._left = CALLS_PER_CHECKPOINT
+
+    async def checkpoint(self) -> None:
+        """A checkpoint for the task that has the turn."""
+        await checkpoint()
+        self.renew()
+
+    def close(self) -> None:
+        """Nothing is served from the buffer any more."""
+        self._closed = True
+        self.credit = 0
+
+
+def readable_view(data: Buffer) -> memoryview:
+    """The bytes of any contiguous buffer."""
+    try:
+        view = memoryview(data)
+    except TypeError:
+        raise TypeError(f"a bytes-like object is required, not {type(data).__name__!r}") from None
+    if not view.c_contiguous:
+        view.release()
+        raise BufferError("memoryview: underlying buffer is not C-contiguous")
+    return view.cast("B")
+
+
+def _writable_view(name: str, buffer: Buffer) -> memoryview:
+    try:
+        view = memoryview(buffer)
+        if not view.readonly and view.c_contiguous:
+            return view.cast("B")
+        view.release()
+    except TypeError:
+        pass
+    raise TypeError(f"{name}() argument must be read-write bytes-like object, not {type(buffer).__name__}")
+
+
+def as_size(size: int | None) -> int:
+    """How much to read; -1 is everything."""
+    return -1 if size is None else size.__index__()
+
+
+class _Detached:
+    """Stands where the layer below was."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ValueError(self._message)
+
+
+@protected
+class AsyncFile(trio.abc.AsyncResource):
+    """A file on the ring: what `open_file` returns.
+
+    It has the methods and properties of the file object that `open` would return for the same arguments, and no others:
+    a text file has no ``readinto``, an unbuffered one no ``peek``. Those that may have to wait are async. Results,
+    positions and errors are those of `io`.
+
+    One task at a time uses the file; others wait for their turn, in order. Only `aclose` does not wait for a read:
+    the task that reads gets `trio.ClosedResourceError`.
+
+    **Checkpoints.** Every async method is one, with an exception: a call that the buffer can serve (a line that has
+    been read already, a small write) returns at once, as often as 64 times in a row.
+
+    **Cancelling.** A cancelled read loses nothing: what had come is there for the next one, on a pipe, too. A cancelled
+    write has taken nothing of its data. If a part of it is in the file already it is not cancelled any more: the buffer
+    takes the rest, the call returns, and the next checkpoint raises. An unbuffered write returns how much was written.
+    """
+
+    __slots__ = ("__weakref__", "_raw", "_turn")
+
+    _raw: RawFile
+    _turn: Turn
+
+    # What each layer does in its way
+
+    async def read(self, size: int | None = -1, /) -> Any:
+        """Reads up to ``size`` characters or bytes; without a size everything up to the end."""
+        raise NotImplementedError
+
+    async def write(self, data: Any, /) -> int:
+        """Writes ``data``, text or bytes-like as the file is; returns how much of it was taken."""
+        raise NotImplementedError
+
+    async def readline(self, size: int | None = -1, /) -> Any:
+        """Reads a line, of at most ``size`` characters or bytes. Empty at the end of the file."""
+        raise NotImplementedError
+
+    async def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
+        """Moves to a position and returns it. Text: to what `tell` has returned, to the start, or to the end."""
+        raise NotImplementedError
+
+    async def tell(self) -> int:
+        """The position; that of a text file only means something to `seek`."""
+        raise NotImplementedError
+
+    async def truncate(self, size: int | None = None, /) -> int:
+        """Sets the file's size; by default to the position, which does not move. IORING_OP_FTRUNCATE, Linux 6.9, or a
+        plain ftruncate(2).
+        """
+        raise NotImplementedError
+
+    async def _readlines(self, hint: int) -> list[Any]:
+        raise NotImplementedError
+
+    async def _undoing(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Calls a method that reads, with the turn. If it fails, what it has read is as if it had not been."""
+        raise NotImplementedError
+
+    def _check_open(self, what: str = "") -> None:
+        raise NotImplementedError
+
+    def _check_writable(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def _has_unwritten(self) -> bool:
+        raise NotImplementedError
+
+    async def _drain(self) -> None:
+        """Writes what waits to be written."""
+        raise NotImplementedError
+
+    async def _flush(self) -> None:
+        raise NotImplementedError
+
+    # What is the same for all
+
+    async def readlines(self, hint: int | None = -1, /) -> list[Any]:
+        """Reads all lines, or as many as have not more than ``hint`` characters or bytes and one more."""
+        self._check_open()
+        return await self._undoing(self._readlines, as_size(hint))
+
+    async def writelines(self, lines: Iterable[Any], /) -> None:
+        """Writes each of ``lines``; nothing is added to them. Those written before a cancel stay written."""
+        self._check_open()
+        await checkpoint()
+        for line in lines:
+            await self.write(line)
+
+    async def flush(self) -> None:
+        """Writes what the buffer holds. A cancelled flush has written a part of it, the rest is still there."""
+        self._check_open("flush")
+        async with self._turn:
+            if not self._has_unwritten:
+                await self._turn.checkpoint()
+            self._check_open("flush")
+            await self._flush()
+
+    async def aclose(self) -> None:
+        """Writes what the buffer holds and closes the file, also if it is cancelled or the write fails.
+
+        The write cannot be cancelled: on a pipe that nobody reads it waits. Closing it again does nothing.
+        """
+        raw = self._raw
+        try:
+            if not raw.closed and self._has_unwritten:
+                with trio.CancelScope(shield=True):
+                    async with self._turn:
+                        if not raw.closed:
+                            await self._drain()
+        finally:
+            raw._close()
+        await checkpoint()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        line = await self.readline()
+        if line:
+            return line
+        raise StopAsyncIteration
+
+    @property
+    def closed(self) -> bool:
+        """Is it closed?"""
+        return self._raw.closed
+
+    @property
+    def name(self) -> Any:
+        """What was opened: a path, as it was given, or an fd."""
+        return self._raw.name
+
+    @property
+    def mode(self) -> str:
+        """The mode, as that of the `io` object."""
+        return self._raw.mode
+
+    def fileno(self) -> int:
+        """The fd. Who uses it should `flush` first, and not rely on its position while the file is read."""
+        return self._raw.fileno()
+
+    def isatty(self) -> bool:
+        """Is it a terminal?"""
+        return self._raw.isatty()
+
+    def readable(self) -> bool:
+        """Can it be read?"""
+        return self._raw.readable()
+
+    def writable(self) -> bool:
+        """Can it be written?"""
+        return self._raw.writable()
+
+    def seekable(self) -> bool:
+        """Does it have a position that can be moved?"""
+        return self._raw.seekable()
+
+    # Straight to the ring: neither the buffer nor the position plays a part
+
+    async def pread(self, size: int, offset: int, /) -> bytes:
+        """Reads up to ``size`` bytes at ``offset``, as `os.pread`: past the buffer, which it does not see.
+
+        Any number of tasks may do so at once. IORING_OP_READ, Linux 5.6.
+        """
+        fd = self._raw._fd
+        if fd < 0 or offset < 0:
+            self._raw._refuse(offset)
+        room = bytes(size)  # new, and nobody else's until it is returned
+        count = await _this_thread.manager.perform(READ, fd, offset, from_buffer(CHARS, room), -1)
+        return room if count == size else room[:count]
+
+    async def pwrite(self, data: Buffer, offset: int, /) -> int:
+        """Writes at ``offset``, as `os.pwrite`: past the buffer. Returns how many bytes. IORING_OP_WRITE, Linux 5.6."""
+        raw = self._raw
+        if raw._fd < 0 or offset < 0:
+            raw._refuse(offset)
+        raw._settle()
+        return await _this_thread.manager.perform(WRITE, raw._fd, offset, from_buffer(CHARS, data), -1)
+
+    async def preadv(self, buffers: Sequence[Buffer], offset: int, flags: int = 0, /) -> int:
+        """Reads at ``offset`` into ``buffers``, as `os.preadv`; returns how many bytes. IORING_OP_READV, Linux 5.1."""
+        self._raw._refuse(offset)
+        return await readv(self._raw._fd, buffers, offset, flags)
+
+    async def pwritev(self, buffers: Sequence[Buffer], offset: int, flags: int = 0, /) -> int:
+        """Writes ``buffers`` at ``offset``, as `os.pwritev`; returns how many bytes. IORING_OP_WRITEV, Linux 5.1."""
+        self._raw._refuse(offset)
+        self._raw._settle()
+        return await writev(self._raw._fd, buffers, offset, flags)
+
+    async def fsync(self) -> None:
+        """Flushes the buffer, then returns when data and metadata are on storage. IORING_OP_FSYNC, Linux 5.1."""
+        await self._sync(fsync)
+
+    async def datasync(self) -> None:
+        """As `fsync`, without metadata that reading does not need, as `os.fdatasync`."""
+        await self._sync(fdatasync)
+
+    async def _sync(self, operation: Callable[[int], Awaitable[None]]) -> None:
+        self._check_open("flush")
+        if self._has_unwritten:
+            async with self._turn:
+                self._check_open("flush")
+                await self._drain()
+        await operation(self._raw.fileno())
+
+    async def stat(self) -> os.stat_result:
+        """The open file's metadata, as `os.fstat`, which it calls. What only the buffer holds is not in it."""
+        await checkpoint()
+        return os.fstat(self._raw.fileno())
+
+    async def allocate(self, offset: int, length: int, mode: int = 0, /) -> None:
+        """Allocates ``length`` bytes at ``offset``, as `os.posix_fallocate`; or does what the ``FALLOC_FL_*`` of
+        ``mode`` say, see `trio_uring.lowlevel.fallocate`. IORING_OP_FALLOCATE, Linux 5.6.
+        """
+        await fallocate(self._raw.fileno(), mode, offset, length)
+
+    async def advise(self, offset: int, length: int, advice: int, /) -> None:
+        """Announces how a part of the file will be used, as `os.posix_fadvise`. IORING_OP_FADVISE, Linux 5.6.
+
+        Args:
+            offset: its first byte.
+            length: how many bytes; 0 is all up to the end.
+            advice: ``os.POSIX_FADV_*``.
+        """
+        await fadvise(self._raw.fileno(), offset, length, advice)
+
+    def __repr__(self) -> str:
+        raw = self._raw
+        if isinstance(raw, _Detached):
+            return "<trio_uring.AsyncFile [detached]>"
+        state = " [closed]" if raw.closed else ""
+        return f"<trio_uring.AsyncFile name={raw.name!r} mode={self.mode!r}{state}>"
+
+
+@protected
+class RawFile(AsyncFile):
+    """An unbuffered file, as `io.FileIO`.
+
+    Args:
+        fd: open, and its own from now on.
+        status: what `os.fstat` says of it.
+        name, mode, closefd: as `io.FileIO` has them.
+    """
+
+    __slots__ = (
+        "_ahead",
+        "_ahead_left",
+        "_await_writer",
+        "_block_size",
+        "_closefd",
+        "_fd",
+        "_grows",
+        "_growth",
+        "_log",
+        "_mode",
+        "_name",
+        "_readable",
+        "_regular",
+        "_seekable",
+        "_writable",
+    )
+
+    def __init__(self, fd: int, status: os.stat_result, name: Any, mode: str, closefd: bool) -> None:
+        self._fd = fd
+        self._raw = self
+        self._turn = Turn()
+        self._name = name
+        self._mode = mode
+        self._closefd = closefd
+        self._readable = "r" in mode or "+" in mode
+        self._writable = "r" not in mode or "+" in mode
+        self._regular = stat.S_ISREG(status.st_mode)
+        self._seekable: bool | None = True if self._regular else None
+        self._block_size = status.st_blksize if status.st_blksize > 1 else io.DEFAULT_BUFFER_SIZE
+        self._await_writer = self._readable and stat.S_ISFIFO(status.st_mode) and isinstance(name, (str, bytes))
+        self._ahead = io.BytesIO()
+        self._ahead_left = 0
+        self._grows = self._regular and closefd
+        self._growth = 0
+        self._log: list[Buffer] | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Is it closed?"""
+        return self._fd < 0
+
+    @property
+    def closefd(self) -> bool:
+        """Does closing it close the fd?"""
+        return self._closefd
+
+    @property
+    def name(self) -> Any:
+        """What was opened."""
+        return self._name
+
+    @property
+    def mode(self) -> str:
+        """The mode, as that of `io.FileIO`."""
+        return self._mode
+
+    def fileno(self) -> int:
+        """The fd."""
+        self._check_open()
+        return self._fd
+
+    def isatty(self) -> bool:
+        """Is it a terminal?"""
+        return os.isatty(self.fileno())
+
+    def readable(self) -> bool:
+        """Can it be read?"""
+        self._check_open()
+        return self._readable
+
+    def writable(self) -> bool:
+        """Can it be written?"""
+        self._check_open()
+        return self._writable
+
+    def seekable(self) -> bool:
+        """Does it have a position that can be moved?"""
+        self._check_open()
+        if self._seekable is None:
+            try:
+                os.lseek(self._fd, 0, os.SEEK_CUR)
+                self._seekable = True
+            except OSError:
+                self._seekable = False
+        return self._seekable
+
+    async def read(self, size: int | None = -1, /) -> bytes:
+        """Reads up to ``size`` bytes with one operation, or all there are."""
+        size = as_size(size)
+        if size < 0:
+            return await self.readall()
+        self._check_readable()
+        async with self._turn:
+            self._check_open()
+            return await self._fetch(size)
+
+    async def readall(self) -> bytes:
+        """Reads up to the end."""
+        self._check_open()
+        return await self._undoing(self._read_all)
+
+    async def readinto(self, buffer: Buffer, /) -> int:
+        """Reads into ``buffer`` with one operation; returns how many bytes."""
+        self._check_readable()
+        with _writable_view("readinto", buffer) as view:
+            async with self._turn:
+                self._check_open()
+                return await self._fetch_into(view)
+
+    async def readline(self, size: int | None = -1, /) -> bytes:
+        """Reads a line, byte by byte as `io.FileIO`."""
+        self._check_readable()
+        return await self._undoing(self._readline, as_size(size))
+
+    async def write(self, data: Buffer, /) -> int:
+        """Writes ``data`` with one operation; returns how many bytes were written, which may be fewer."""
+        self._check_writable()
+        with readable_view(data) as view:
+            async with self._turn:
+                self._check_open()
+                return await self._put(view)
+
+    async def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
+        """Moves to a position and returns it."""
+        self._check_open()
+        async with self._turn:
+            await self._turn.checkpoint()
+            self._check_open()
+            return self._seek(target, whence)
+
+    async def tell(self) -> int:
+        """The position."""
+        self._check_open()
+        async with self._turn:
+            await self._turn.checkpoint()
+            self._check_open()
+            return self._tell()
+
+    async def truncate(self, size: int | None = None, /) -> int:
+        """Sets the file's size; by default to the position."""
+        self._check_writable()
+        async with self._turn:
+            self._check_open()
+            return await self._truncate(size)
+
+    # For the layers above. All of it with the turn
+
+    async def _fetch(self, size: int) -> bytes:
+        """One read, of what has been read ahead or of the file."""
+        if self._ahead_left:
+            data = self._ahead.read(size)
+            self._ahead_left -= len(data)
+        else:
+            if self._await_writer:
+                await self._until_written()
+            wanted = size
+            if self._grows:
+                wanted = max(size, self._growth)
+                self._growth = min(2 * wanted, _READ_AHEAD_MAX)
+            self._turn.renew()
+            data = bytes(wanted)  # new, and nobody else's until it is returned
+            count = await _this_thread.manager.perform(READ, self._fd, -1, from_buffer(CHARS, data), -1)
+            if count > size:
+                self._ahead = io.BytesIO(data if count == wanted else data[:count])
+                data = self._ahead.read(size)
+                self._ahead_left = count - size
+            elif count < wanted:
+                data = data[:count]
+        if self._log is not None:
+            self._log.append(data)
+        return data
+
+    async def _fetch_into(self, view: memoryview) -> int:
+        """The same, into memory of the caller's."""
+        if self._ahead_left:
+            count = self._ahead.readinto(view)
+            self._ahead_left -= count
+        else:
+            if self._await_writer:
+                await self._until_written()
+            self._turn.renew()
+            count = await _this_thread.manager.perform(READ, self._fd, -1, from_buffer(CHARS, view, True), -1)
+        if self._log is not None:
+            self._log.append(view[:count])
+        return count
+
+    async def _until_written(self) -> None:
+        """A FIFO that nobody has opened for writing yet reads as if it had ended."""
+        await _this_thread.manager.perform(POLL, self._fd, op_flags=select.POLLIN)
+        self._await_writer = False
+
+    async def _read_all(self) -> bytes:
+        size = max(0, os.fstat(self._fd).st_size - self._tell()) if self._regular else 0
+        data = await self._fetch(size + 1 if size else io.DEFAULT_BUFFER_SIZE)
+        if not data or len(data) == size:  # short, and where the file ends
+            return data
+        pieces = [data]
+        while data := await self._fetch(_READ_AHEAD_MAX):
+            pieces.append(data)
+        return b"".join(pieces)
+
+    async def _readline(self, limit: int) -> bytes:
+        line = bytearray()
+        while limit < 0 or len(line) < limit:
+            byte = await self._fetch(1)
+            line += byte
+            if not byte or byte == b"\n":
+                break
+        return bytes(line)
+
+    async def _readlines(self, hint: int) -> list[bytes]:
+        self._check_readable()
+        return await lines_of(self._readline, hint)
+
+    async def _undoing(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
+        async with self._turn:
+            self._check_open()
+            log: list[Buffer] = []
+            self._log = log
+            try:
+                return await method(*args)
+            except BaseException:
+                self._put_back(log)
+                raise
+            finally:
+                self._log = None
+
+    def _put_back(self, pieces: Iterable[Buffer]) -> None:
+        """They have not been read, after all."""
+        data = b"".join((*pieces, self._ahead.read()))
+        self._ahead = io.BytesIO(data)
+        self._ahead_left = len(data)
+
+    def _settle(self) -> None:
+        """Nothing is read ahead any more: the fd's position is that of the file."""
+        if self._ahead_left and self.seekable():
+            self._seek(0, os.SEEK_CUR)
+
+    async def _put(self, data: Buffer) -> int:
+        """One write."""
+        self._settle()
+        self._turn.renew()
+        return await _this_thread.manager.perform(WRITE, self._fd, -1, from_buffer(CHARS, data), -1)
+
+    def _tell(self) -> int:
+        return os.lseek(self._fd, 0, os.SEEK_CUR) - self._ahead_left
+
+    def _seek(self, target: int, whence: int) -> int:
+        position = os.lseek(self._fd, target - self._ahead_left if whence == os.SEEK_CUR else target, whence)
+        self._ahead = io.BytesIO()
+        self._ahead_left = self._growth = 0
+        return position
+
+    async def _truncate(self, size: int | None) -> int:
+        self._settle()
+        size = self._tell() if size is None else size
+        try:
+            await ftruncate(self._fd, size)
+        except MissingInKernel:
+            os.ftruncate(self._fd, size)
+        return size
+
+    @property
+    def _has_unwritten(self) -> bool:
+        return False
+
+    async def _drain(self) -> None:
+        pass
+
+    async def _flush(self) -> None:
+        pass
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        self._turn.close()
+        if fd >= 0 and self._closefd:
+            trio.lowlevel.notify_closing(fd)
+            os.close(fd)
+
+    def _check_open(self, what: str = "") -> None:
+        if self._fd < 0:
+            raise ValueError("I/O operation on closed file")
+
+    def _check_readable(self) -> None:
+        self._check_open()
+        if not self._readable:
+            raise io.UnsupportedOperation("File not open for reading")
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if not self._writable:
+            raise io.UnsupportedOperation("File not open for writing")
+
+    def _refuse(self, offset: int) -> None:
+        """Raises what is wrong with an operation at an offset, if something is."""
+        self._check_open()
+        if offset < 0:
+            raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: the offset is negative")
+
+    def __del__(self) -> None:
+        fd = getattr(self, "_fd", -1)
+        if fd < 0 or not self._closefd:
+            return
+        self._fd = -1
+        try:
+            warnings.warn(f"unclosed file {self!r}", ResourceWarning, stacklevel=2, source=self)
+        finally:
+            os.close(fd)
+
+
+async def lines_of(readline: Callable[[int], Awaitable[Any]], hint: int) -> list[Any]:
+    """All lines, or as many as do not exceed the hint and one more."""
+    lines = []
+    total = 0
+    while line := await readline(-1):
+        lines.append(line)
+        total += len(line)
+        if 0 < hint < total:
+            break
+    return lines
+
+
+@protected
+class Buffered(AsyncFile):
+    """A buffered file: what `io.BufferedReader`, `io.BufferedWriter` and `io.BufferedRandom` have in common.
+
+    Args:
+        raw: the file below.
+        size: how many bytes the buffer has.
+    """
+
+    __slots__ = ("_pending", "_size", "_unread", "_window")
+
+    def __init__(self, raw: RawFile, size: int) -> None:
+        self._raw = raw
+        self._turn = raw._turn
+        self._size = size
+        self._window = io.BytesIO()
+        self._unread = 0
+        self._pending = bytearray()
+
+    @property
+    def raw(self) -> RawFile:
+        """The unbuffered file below."""
+        return self._raw
+
+    async def detach(self) -> RawFile:
+        """Flushes and returns the unbuffered file below. This one is of no use any more."""
+        await self.flush()
+        raw, self._raw = self._raw, cast("RawFile", _Detached("raw stream has been detached"))
+        self._turn = Turn()
+        self._turn.close()
+        return raw
+
+    # Reading
+
+    async def read(self, size: int | None = -1, /) -> bytes:
+        """Reads ``size`` bytes, fewer only at the end of the file; without a size everything up to the end."""
+        size = as_size(size)
+        turn = self._turn
+        if 0 <= size <= self._unread and turn.credit:
+            turn.credit -= 1
+            self._unread -= size
+            return self._window.read(size)
+        self._check_open("read")
+        if size < -1:
+            raise ValueError("read length must be non-negative or -1")
+        return await (self._undoing(self._read_all) if size < 0 else self._undoing(self._read, size))
+
+    async def read1(self, size: int | None = -1, /) -> bytes:
+        """Reads up to ``size`` bytes, with at most one operation."""
+        self._check_open("read")
+        return await self._undoing(self._read1, as_size(size))
+
+    async def readinto(self, buffer: Buffer, /) -> int:
+        """Reads into ``buffer`` until it is full or the file ends; returns how many bytes."""
+        self._check_open("readinto")
+        with _writable_view("readinto", buffer) as view:
+            return await self._undoing(self._readinto, view, False)
+
+    async def readinto1(self, buffer: Buffer, /) -> int:
+        """Reads into ``buffer``, with at most one operation; returns how many bytes."""
+        self._check_open("readinto")
+        with _writable_view("readinto1", buffer) as view:
+            return await self._undoing(self._readinto, view, True)
+
+    async def readline(self, size: int | None = -1, /) -> bytes:
+        """Reads a line, of at most ``size`` bytes. Empty at the end of the file."""
+        limit = as_size(size)
+        turn = self._turn
+        if turn.credit:
+            line = self._line_of_window(limit)
+            if line:
+                turn.credit -= 1
+                return line
+        self._check_open("readline")
+        return await self._undoing(self._readline, limit)
+
+    async def __anext__(self) -> bytes:
+        turn = self._turn
+        if turn.credit:
+            line = self._window.readline()
+            if line and line[-1] == _NEWLINE:
+                turn.credit -= 1
+                self._unread -= len(line)
+                return line
+            self._window.seek(-len(line), os.SEEK_CUR)
+        line = await self.readline()
+        if line:
+            return line
+        raise StopAsyncIteration
+
+    def _line_of_window(self, limit: int) -> bytes:
+        """A whole line, or as much of it as may be; else nothing."""
+        line = self._window.readline(limit)
+        if line and (line[-1] == _NEWLINE or len(line) == limit):
+            self._unread -= len(line)
+            return line
+        self._window.seek(-len(line), os.SEEK_CUR)
+        return b""
+
+    def _take_window(self) -> bytes:
+        """All that is unread in it."""
+        self._unread = 0
+        return self._window.read()
+
+    def _set_window(self, data: bytes) -> None:
+        self._window = io.BytesIO(data)
+        self._unread = len(data)
+
+    def _rewind(self) -> None:
+        """The window is empty, and the raw file's position that of this one."""
+        if self._unread:
+            self._raw._seek(-self._unread, os.SEEK_CUR)
+        self._set_window(b"")
+
+    async def _read(self, size: int) -> bytes:
+        """As `io.BufferedReader`: multiples of the buffer's size directly, the rest through the window."""
+        if size <= self._unread:
+            self._unread -= size
+            return self._window.read(size)
+        pieces = [self._take_window()]
+        missing = size - len(pieces[0])
+        await self._make_ready_to_read()
+        while missing >= self._size:
+            data = await self._raw._fetch(missing - missing % self._size)
+            if not data:
+                return b"".join(pieces)
+            pieces.append(data)
+            missing -= len(data)
+        room = self._size
+        while missing and room:
+            self._set_window(await self._raw._fetch(room))
+            if not self._unread:
+                break
+            room -= self._unread
+            data = self._window.read(missing)
+            self._unread -= len(data)
+            missing -= len(data)
+            pieces.append(data)
+        return b"".join(pieces)
+
+    async def _read_all(self) -> bytes:
+        before = self._take_window()
+        await self._make_ready_to_read()
+        data = await self._raw._read_all()
+        return before + data if before else data
+
+    async def _read1(self, size: int) -> bytes:
+        if size < 0:
+            size = self._size
+        if not self._unread and size:
+            await self._make_ready_to_read()
+            return await self._raw._fetch(size)
+        data = self._window.read(size)
+        self._unread -= len(data)
+        return data
+
+    async def _readinto(self, view: memoryview, once: bool) -> int:
+        count = self._window.readinto(view)
+        self._unread -= count
+        if count < len(view):
+            await self._make_ready_to_read()
+        while count < len(view):
+            missing = len(view) - count
+            if missing > self._size:
+                got = await self._raw._fetch_into(view[count:])
+            elif once and count:
+                break
+            else:
+                self._set_window(await self._raw._fetch(self._size))
+                got = self._window.readinto(view[count:])
+                self._unread -= got
+            count += got
+            if once or not got:
+                break
+        return count
+
+    async def _peek(self) -> bytes:
+        if self._writable:
+            await self._flush()
+        if not self._unread:
+            self._set_window(await self._raw._fetch(self._size))
+        return self._window.getvalue()[self._window.tell() :]
+
+    async def _readline(self, limit: int) -> bytes:
+        line = self._line_of_window(limit)
+        if line or limit == 0:
+            return line
+        pieces = [self._take_window()]
+        length = len(pieces[0])
+        await self._make_ready_to_read()
+        while True:
+            self._set_window(await self._raw._fetch(self._size))
+            left = limit - length if limit >= 0 else -1
+            piece = self._window.readline(left)
+            self._unread -= len(piece)
+            pieces.append(piece)
+            length += len(piece)
+            if not piece or piece[-1] == _NEWLINE or length == limit:
+                return b"".join(pieces)
+
+    async def _readlines(self, hint: int) -> list[bytes]:
+        return await lines_of(self._readline, hint)
+
+    async def _undoing(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
+        async with self._turn:
+            self._check_open("read")
+            return await self._or_undo(method, *args)
+
+    async def _or_undo(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
+        raw = self._raw
+        window, position = self._window, self._window.tell()
+        log: list[Buffer] = []
+        raw._log = log
+        try:
+            return await method(*args)
+        except BaseException:
+            window.seek(position)
+            raw._put_back([window.read(), *log])
+            self._set_window(b"")
+            raise
+        finally:
+            raw._log = None
+
+    async def _make_ready_to_read(self) -> None:
+        """What was written comes first."""
+        if self._pending:
+            await self._drain()
+
+    # Writing
+
+    async def write(self, data: Buffer, /) -> int:
+        """Writes ``data`` to the buffer, and the buffer to the file when it is full; returns the size of ``data``."""
+        turn = self._turn
+        if turn.credit and type(data) is bytes and len(self._pending) + len(data) <= self._size:
+            turn.credit -= 1
+            self._take(data)
+            return len(data)
+        self._check_open("write")
+        with readable_view(data) as view:
+            async with self._turn:
+                self._check_open("write")
+                await self._write(view, self._size)
+                return len(view)
+
+    @property
+    def _room(self) -> int:
+        return self._size - len(self._pending)
+
+    def _take(self, data: Buffer) -> None:
+        """Adds to what is pending."""
+        if not self._pending:
+            self._rewind()
+        self._pending += data
+
+    async def _write(self, data: memoryview, keep: int) -> None:
+        """Writes it after what is pending, or makes it so; at most ``keep`` bytes are pending at the end."""
+        if len(self._pending) + len(data) > keep:
+            await self._drain()
+        if len(data) > keep:
+            self._rewind()
+        sent = 0
+        try:
+            while len(data) - sent > keep:
+                sent += await self._raw._put(data[sent:])
+        except trio.Cancelled:
+            if not sent:
+                raise
+        self._take(data[sent:])
+
+    async def _drain(self) -> None:
+        pending = self._pending
+        while pending:
+            del pending[: await self._raw._put(pending)]
+
+    async def _flush(self) -> None:
+        if self._writable:
+            await self._drain()
+            self._rewind()
+
+    @property
+    def _has_unwritten(self) -> bool:
+        return bool(self._pending)
+
+    # Position
+
+    async def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
+        """Moves to a position and returns it."""
+        self._check_open("seek")
+        if not 0 <= whence <= 4:
+            raise ValueError(f"whence value {whence} unsupported")
+        self._check_seekable()
+        async with self._turn:
+            await self._turn.checkpoint()
+            self._check_open("seek")
+            return await self._seek(target.__index__(), whence)
+
+    async def tell(self) -> int:
+        """The position."""
+        self._raw._check_open()
+        async with self._turn:
+            await self._turn.checkpoint()
+            self._raw._check_open()
+            return self._tell()
+
+    async def truncate(self, size: int | None = None, /) -> int:
+        """Sets the file's size; by default to the position, which does not move."""
+        self._check_open("truncate")
+        self._check_can_truncate()
+        async with self._turn:
+            self._check_open("truncate")
+            return await self._truncate(size)
+
+    def _tell(self) -> int:
+        return self._raw._tell() - self._unread + len(self._pending)
+
+    async def _seek(self, target: int, whence: int) -> int:
+        if whence <= os.SEEK_CUR and not self._pending and self._readable:
+            here = self._tell()
+            step = target - here if whence == os.SEEK_SET else target
+            if -self._window.tell() <= step <= self._unread:
+                self._window.seek(step, os.SEEK_CUR)
+                self._unread -= step
+                return here + step
+        await self._drain()
+        position = self._raw._seek(target - self._unread if whence == os.SEEK_CUR else target, whence)
+        self._set_window(b"")
+        return position
+
+    async def _truncate(self, size: int | None) -> int:
+        await self._flush()
+        return await self._raw._truncate(size)
+
+    @property
+    def _readable(self) -> bool:
+        return self._raw._readable
+
+    @property
+    def _writable(self) -> bool:
+        return self._raw._writable
+
+    def _check_open(self, what: str = "") -> None:
+        if self._raw.closed:
+            raise ValueError(f"{what} {'to' if what == 'write' else 'of'} closed file" if what else _CLOSED)
+
+    def _check_writable(self) -> None:
+        self._check_open("write")
+
+    def _check_can_truncate(self) -> None:
+        if not self._writable:
+            raise io.UnsupportedOperation("truncate")
+
+    def _check_seekable(self) -> None:
+        if not self._raw.seekable():
+            raise io.UnsupportedOperation("File or stream is not seekable.")
+
+    def __del__(self) -> None:
+        raw = getattr(self, "_raw", None)
+        if not isinstance(raw, RawFile) or raw.closed or not raw._regular:
+            return
+        pending = getattr(self, "_pending", None)
+        while pending:  # as io would; on a regular file that does not wait for anybody
+            del pending[: os.write(raw._fd, pending)]
+
+
+class _CanPeek(Buffered):
+    __slots__ = ()
+
+    async def peek(self, size: int = 0, /) -> bytes:
+        """What comes next, without moving on; as much as one operation gives, whatever ``size`` says."""
+        self._check_open("peek")
+        return await self._undoing(self._peek)
+
+
+@protected
+class BufferedReader(_CanPeek):
+    """A buffered file that is read, as `io.BufferedReader`."""
+
+    __slots__ = ()
+
+    def writable(self) -> bool:
+        """It is not."""
+        return False
+
+    async def write(self, data: Buffer, /) -> NoReturn:
+        """Raises `io.UnsupportedOperation`."""
+        raise io.UnsupportedOperation("write")
+
+
+class BufferedRandom(_CanPeek):
+    """A buffered file that is read and written, as `io.BufferedRandom`."""
+
+    __slots__ = ()
+
+
+@protected
+class BufferedWriter(Buffered):
+    """A buffered file that is written, as `io.BufferedWriter`."""
+
+    __slots__ = ()
+
+    def readable(self) -> bool:
+        """It is not."""
+        return False
+
+    async def read(self, size: int | None = -1, /) -> NoReturn:
+        """Raises `io.UnsupportedOperation`, as all that reads."""
+        raise io.UnsupportedOperation("read")
+
+    async def read1(self, size: int | None = -1, /) -> NoReturn:
+        """Raises `io.UnsupportedOperation`."""
+        raise io.UnsupportedOperation("read1")
+
+    async def readinto(self, buffer: Buffer, /) -> NoReturn:
+        """Raises `io.UnsupportedOperation`."""
+        raise io.UnsupportedOperation("read")
+
+    async def readinto1(self, buffer: Buffer, /) -> NoReturn:
+        """Raises `io.UnsupportedOperation`."""
+        raise io.UnsupportedOperation("read1")
+
+    async def readline(self, size: int | None = -1, /) -> NoReturn:
+        """Raises `io.UnsupportedOperation`."""
+        raise io.UnsupportedOperation("read")
+
+    async def readlines(self, hint: int | None = -1, /) -> NoReturn:
+        """Raises `io.UnsupportedOperation`."""
+        self._check_open()
+        raise io.UnsupportedOperation("read")
