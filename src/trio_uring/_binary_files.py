@@ -497,10 +497,10 @@ class RawFile(AsyncFile):
 
     async def read(self, size: int | None = -1, /) -> bytes:
         """Reads up to ``size`` bytes with one operation, or all there are."""
+        self._check_readable()
         size = as_size(size)
         if size < 0:
             return await self.readall()
-        self._check_readable()
         async with self._turn:
             self._check_open()
             return await self._fetch(size)
@@ -520,13 +520,13 @@ class RawFile(AsyncFile):
 
     async def readline(self, size: int | None = -1, /) -> bytes:
         """Reads a line, byte by byte as `io.FileIO`."""
-        self._check_readable()
+        self._check_open()
         return await self._undoing(self._readline, as_size(size))
 
     async def write(self, data: Buffer, /) -> int:
         """Writes ``data`` with one operation; returns how many bytes were written, which may be fewer."""
-        self._check_writable()
         with readable_view(data) as view:
+            self._check_writable()
             async with self._turn:
                 self._check_open()
                 return await self._put(view)
@@ -557,35 +557,46 @@ class RawFile(AsyncFile):
     # For the layers above. All of it with the turn
 
     async def _fetch(self, size: int) -> bytes:
-        """One read, of what has been read ahead or of the file."""
-        if self._ahead_left:
+        """One read, of what has been read ahead and of the file."""
+        ahead = self._ahead_left
+        if size <= ahead or (ahead and not self._regular):
             data = self._ahead.read(size)
             self._ahead_left -= len(data)
         else:
-            if self._await_writer:
-                await self._until_written()
-            wanted = size
-            if self._grows:
-                wanted = max(size, self._growth)
-                self._growth = min(2 * wanted, _READ_AHEAD_MAX)
-            self._turn.renew()
-            data = bytes(wanted)  # new, and nobody else's until it is returned
-            count = await _this_thread.manager.perform(READ, self._fd, -1, from_buffer(CHARS, data), -1)
-            if count > size:
-                self._ahead = io.BytesIO(data if count == wanted else data[:count])
+            data = await self._read_fd(size - ahead)
+            if ahead:
+                data = self._ahead.read() + data
+                self._ahead_left = 0
+            if len(data) > size:
+                self._ahead = io.BytesIO(data)
                 data = self._ahead.read(size)
-                self._ahead_left = count - size
-            elif count < wanted:
-                data = data[:count]
+                self._ahead_left = self._ahead.getbuffer().nbytes - size
         if self._log is not None:
             self._log.append(data)
         return data
 
+    async def _read_fd(self, size: int) -> bytes:
+        """Reads what is wanted, and perhaps more."""
+        if self._await_writer:
+            await self._until_written()
+        self._turn.renew()
+        if self._grows:
+            size = max(size, self._growth)
+            self._growth = min(2 * size, _READ_AHEAD_MAX)
+        room = bytes(size)  # new, and nobody else's until it is returned
+        count = await _this_thread.manager.perform(READ, self._fd, -1, from_buffer(CHARS, room), -1)
+        return room if count == size else room[:count]
+
     async def _fetch_into(self, view: memoryview) -> int:
         """The same, into memory of the caller's."""
-        if self._ahead_left:
+        ahead = self._ahead_left
+        if len(view) <= ahead or (ahead and not self._regular):
             count = self._ahead.readinto(view)
             self._ahead_left -= count
+        elif ahead:
+            data = await self._fetch(len(view))
+            view[: len(data)] = data
+            return len(data)
         else:
             if self._await_writer:
                 await self._until_written()
@@ -611,6 +622,8 @@ class RawFile(AsyncFile):
         return b"".join(pieces)
 
     async def _readline(self, limit: int) -> bytes:
+        if limit != 0:
+            self._check_readable()
         line = bytearray()
         while limit < 0 or len(line) < limit:
             byte = await self._fetch(1)
@@ -831,9 +844,10 @@ class Buffered(AsyncFile):
         return b""
 
     def _take_window(self) -> bytes:
-        """All that is unread in it."""
-        self._unread = 0
-        return self._window.read()
+        """All that is unread in it. There is no going back into it."""
+        data = self._window.read()
+        self._set_window(b"")
+        return data
 
     def _set_window(self, data: bytes) -> None:
         self._window = io.BytesIO(data)
@@ -882,6 +896,7 @@ class Buffered(AsyncFile):
             size = self._size
         if not self._unread and size:
             await self._make_ready_to_read()
+            self._set_window(b"")
             return await self._raw._fetch(size)
         data = self._window.read(size)
         self._unread -= len(data)
@@ -892,6 +907,7 @@ class Buffered(AsyncFile):
         self._unread -= count
         if count < len(view):
             await self._make_ready_to_read()
+            self._set_window(b"")
         while count < len(view):
             missing = len(view) - count
             if missing > self._size:
@@ -1047,7 +1063,7 @@ class Buffered(AsyncFile):
         return self._raw._tell() - self._unread + len(self._pending)
 
     async def _seek(self, target: int, whence: int) -> int:
-        if whence <= os.SEEK_CUR and not self._pending and self._readable:
+        if whence <= os.SEEK_CUR and self._unread:
             here = self._tell()
             step = target - here if whence == os.SEEK_SET else target
             if -self._window.tell() <= step <= self._unread:
@@ -1151,8 +1167,10 @@ class BufferedWriter(Buffered):
         """Raises `io.UnsupportedOperation`."""
         raise io.UnsupportedOperation("read1")
 
-    async def readline(self, size: int | None = -1, /) -> NoReturn:
+    async def readline(self, size: int | None = -1, /) -> bytes:
         """Raises `io.UnsupportedOperation`."""
+        if size == 0:
+            return b""
         raise io.UnsupportedOperation("read")
 
     async def readlines(self, hint: int | None = -1, /) -> NoReturn:

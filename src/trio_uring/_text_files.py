@@ -287,19 +287,22 @@ class TextFile(AsyncFile):
 
     async def _readline(self, limit: int) -> str:
         line = self._line_of_chunk(limit)
-        if line or limit == 0:
+        if line or (limit == 0 and self._chunk is not None and self._chars.tell() < len(self._chunk.text)):
             return line
         text = self._chars.read()
         pieces = [text]
         length = len(text)
         while await self._fetch():
-            cut = text.endswith("\r") and self._line_ends == "\r\n"  # perhaps between the two
-            text = self._chars.read(1) if cut else ""
-            if text != "\n":
-                text += self._chars.readline(limit - length - len(text) if limit >= 0 else -1)
+            first = self._chars.read(1)
+            if not first:  # a part of a character
+                continue
+            if first == "\n" and self._line_ends == "\r\n" and text.endswith("\r"):  # cut in two by the chunk's end
+                return "".join((*pieces, first))
+            self._chars.seek(0)
+            text = self._chars.readline(limit - length if limit >= 0 else -1)
             pieces.append(text)
             length += len(text)
-            if length == limit or text.endswith(self._line_ends) or (cut and text == "\n"):
+            if length == limit or text.endswith(self._line_ends):
                 return "".join(pieces)
         self._set_chunk(None)
         return "".join(pieces)
