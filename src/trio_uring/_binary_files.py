@@ -36,7 +36,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
 import trio
-from trio.lowlevel import ParkingLot, checkpoint, enable_ki_protection
+from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled, enable_ki_protection
 
 from ._core import _this_thread
 from ._errors import UnsupportedOperation as MissingInKernel
@@ -84,29 +84,40 @@ class Turn:
         self._queue: ParkingLot | None = None
 
     async def __aenter__(self) -> None:
-        if self._is_overdue():
+        if not self.take():
+            await self.wait()
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.give_up()
+
+    def take(self) -> bool:
+        """Takes the turn, if nobody has it and no checkpoint is due."""
+        if not self.credit:
+            return False
+        self._taken = True
+        self._left = self.credit - 1
+        self.credit = 0
+        return True
+
+    async def wait(self) -> None:
+        """Takes it after a checkpoint, when those who came before have had it."""
+        if not self._taken:
             await checkpoint()
-            if self._is_overdue():
-                self.credit = CALLS_PER_CHECKPOINT
         if self._taken:
             if self._queue is None:
                 self._queue = ParkingLot()
             await self._queue.park()
-            self.renew()
-        else:
-            self._taken = True
-            self._left = max(0, self.credit - 1)
-            self.credit = 0
+        self._taken = True
+        self.credit = 0
+        self.renew()
 
-    async def __aexit__(self, *exc: object) -> None:
+    def give_up(self) -> None:
+        """Others may go on."""
         if self._queue:
             self._queue.unpark()
         else:
             self._taken = False
             self.credit = 0 if self._closed else self._left
-
-    def _is_overdue(self) -> bool:
-        return not (self.credit or self._taken or self._closed)
 
     def renew(self) -> None:
         """The task that has the turn has made a checkpoint."""
@@ -263,7 +274,8 @@ class AsyncFile(trio.abc.AsyncResource):
     async def aclose(self) -> None:
         """Writes what the buffer holds and closes the file, also if it is cancelled or the write fails.
 
-        The write cannot be cancelled: on a pipe that nobody reads it waits. Closing it again does nothing.
+        The write cannot be cancelled: on a pipe that nobody reads it waits. Closing it again does nothing. With nothing
+        to write it lets no other task run, but raises `trio.Cancelled` in a cancelled scope, when the file is closed.
         """
         raw = self._raw
         try:
@@ -274,7 +286,7 @@ class AsyncFile(trio.abc.AsyncResource):
                             await self._drain()
         finally:
             raw._close()
-        await checkpoint()
+        await checkpoint_if_cancelled()
 
     def __aiter__(self) -> Self:
         return self
@@ -753,7 +765,7 @@ class Buffered(AsyncFile):
         size: how many bytes the buffer has.
     """
 
-    __slots__ = ("_pending", "_size", "_unread", "_window")
+    __slots__ = ("_pending", "_pending_size", "_size", "_unread", "_window")
 
     def __init__(self, raw: RawFile, size: int) -> None:
         self._raw = raw
@@ -761,7 +773,8 @@ class Buffered(AsyncFile):
         self._size = size
         self._window = io.BytesIO()
         self._unread = 0
-        self._pending = bytearray()
+        self._pending: list[bytes] = []
+        self._pending_size = 0
 
     @property
     def raw(self) -> RawFile:
@@ -951,9 +964,14 @@ class Buffered(AsyncFile):
         return await lines_of(self._readline, hint)
 
     async def _undoing(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
-        async with self._turn:
+        turn = self._turn
+        if not turn.take():
+            await turn.wait()
+        try:
             self._check_open("read")
             return await self._or_undo(method, *args)
+        finally:
+            turn.give_up()
 
     async def _or_undo(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
         raw = self._raw
@@ -980,46 +998,56 @@ class Buffered(AsyncFile):
     async def write(self, data: Buffer, /) -> int:
         """Writes ``data`` to the buffer, and the buffer to the file when it is full; returns the size of ``data``."""
         turn = self._turn
-        if turn.credit and type(data) is bytes and len(self._pending) + len(data) <= self._size:
+        content = data if type(data) is bytes else readable_view(data)
+        size = len(content)
+        if turn.credit and self._pending_size + size <= self._size:
             turn.credit -= 1
-            self._take(data)
-            return len(data)
+            self._take(content)
+            return size
         self._check_open("write")
-        with readable_view(data) as view:
-            async with self._turn:
-                self._check_open("write")
-                await self._write(view, self._size)
-                return len(view)
+        if not turn.take():
+            await turn.wait()
+        try:
+            self._check_open("write")
+            await self._write(content, self._size)
+            return size
+        finally:
+            turn.give_up()
 
     @property
     def _room(self) -> int:
-        return self._size - len(self._pending)
+        return self._size - self._pending_size
 
-    def _take(self, data: Buffer) -> None:
+    def _take(self, data: bytes | memoryview) -> None:
         """Adds to what is pending."""
         if not self._pending:
             self._rewind()
-        self._pending += data
+        self._pending.append(bytes(data))
+        self._pending_size += len(data)
 
-    async def _write(self, data: memoryview, keep: int) -> None:
+    async def _write(self, data: bytes | memoryview, keep: int) -> None:
         """Writes it after what is pending, or makes it so; at most ``keep`` bytes are pending at the end."""
-        if len(self._pending) + len(data) > keep:
+        if self._pending_size + len(data) > keep:
             await self._drain()
         if len(data) > keep:
             self._rewind()
-        sent = 0
-        try:
-            while len(data) - sent > keep:
-                sent += await self._raw._put(data[sent:])
-        except trio.Cancelled:
-            if not sent:
-                raise
-        self._take(data[sent:])
+            sent = 0
+            try:
+                while len(data) - sent > keep:
+                    sent += await self._raw._put(memoryview(data)[sent:] if sent else data)
+            except trio.Cancelled:
+                if not sent:
+                    raise
+            data = data[sent:]
+        self._take(data)
 
     async def _drain(self) -> None:
-        pending = self._pending
-        while pending:
-            del pending[: await self._raw._put(pending)]
+        while self._pending:
+            data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
+            self._pending = [data]
+            sent = await self._raw._put(data)
+            self._pending = [data[sent:]] if sent < len(data) else []
+            self._pending_size -= sent
 
     async def _flush(self) -> None:
         if self._writable:
@@ -1060,7 +1088,7 @@ class Buffered(AsyncFile):
             return await self._truncate(size)
 
     def _tell(self) -> int:
-        return self._raw._tell() - self._unread + len(self._pending)
+        return self._raw._tell() - self._unread + self._pending_size
 
     async def _seek(self, target: int, whence: int) -> int:
         if whence <= os.SEEK_CUR and self._unread:
@@ -1106,9 +1134,9 @@ class Buffered(AsyncFile):
         raw = getattr(self, "_raw", None)
         if not isinstance(raw, RawFile) or raw.closed or not raw._regular:
             return
-        pending = getattr(self, "_pending", None)
-        while pending:  # as io would; on a regular file that does not wait for anybody
-            del pending[: os.write(raw._fd, pending)]
+        data = b"".join(getattr(self, "_pending", ()))
+        while data:  # as io would; on a regular file that does not wait for anybody
+            data = data[os.write(raw._fd, data) :]
 
 
 class _CanPeek(Buffered):
