@@ -51,12 +51,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CALLS_PER_CHECKPOINT: Final = 64
+CALLS_PER_CHECKPOINT: Final = 100
 """How many calls in a row the buffer may serve before one is a checkpoint."""
 
 _READ_AHEAD_MAX: Final = 1 << 18
 _CLOSED: Final = "I/O operation on closed file."
 _NEWLINE: Final = 10
+_EMPTY: Final = io.BytesIO()
 
 
 def protected(cls: type[T]) -> type[T]:
@@ -184,7 +185,7 @@ class AsyncFile(trio.abc.AsyncResource):
     the task that reads gets `trio.ClosedResourceError`.
 
     **Checkpoints.** Every async method is one, with an exception: a call that the buffer can serve (a line that has
-    been read already, a small write) returns at once, as often as 64 times in a row.
+    been read already, a small write) returns at once, as often as 100 times in a row.
 
     **Cancelling.** A cancelled read loses nothing: what had come is there for the next one, on a pipe, too. A cancelled
     write has taken nothing of its data. If a part of it is in the file already it is not cancelled any more: the buffer
@@ -451,7 +452,7 @@ class RawFile(AsyncFile):
         self._seekable: bool | None = True if self._regular else None
         self._block_size = status.st_blksize if status.st_blksize > 1 else io.DEFAULT_BUFFER_SIZE
         self._await_writer = self._readable and stat.S_ISFIFO(status.st_mode) and isinstance(name, (str, bytes))
-        self._ahead = io.BytesIO()
+        self._ahead = _EMPTY
         self._ahead_left = 0
         self._grows = self._regular and closefd
         self._growth = 0
@@ -568,21 +569,31 @@ class RawFile(AsyncFile):
 
     # For the layers above. All of it with the turn
 
+    def _fetch_ahead(self, size: int) -> bytes | None:
+        """One read of what has been read ahead; None if the file has to be read for it."""
+        if size > self._ahead_left and (self._regular or not self._ahead_left):
+            return None
+        data = self._ahead.read(size)
+        self._ahead_left -= len(data)
+        if self._log is not None:
+            self._log.append(data)
+        return data
+
     async def _fetch(self, size: int) -> bytes:
         """One read, of what has been read ahead and of the file."""
         ahead = self._ahead_left
-        if size <= ahead or (ahead and not self._regular):
+        if ahead:
+            served = self._fetch_ahead(size)
+            if served is not None:
+                return served
+        data = await self._read_fd(size - ahead)
+        if ahead:
+            data = self._ahead.read() + data
+            self._ahead_left = 0
+        if len(data) > size:
+            self._ahead_left = len(data) - size
+            self._ahead = io.BytesIO(data)
             data = self._ahead.read(size)
-            self._ahead_left -= len(data)
-        else:
-            data = await self._read_fd(size - ahead)
-            if ahead:
-                data = self._ahead.read() + data
-                self._ahead_left = 0
-            if len(data) > size:
-                self._ahead = io.BytesIO(data)
-                data = self._ahead.read(size)
-                self._ahead_left = self._ahead.getbuffer().nbytes - size
         if self._log is not None:
             self._log.append(data)
         return data
@@ -683,7 +694,7 @@ class RawFile(AsyncFile):
 
     def _seek(self, target: int, whence: int) -> int:
         position = os.lseek(self._fd, target - self._ahead_left if whence == os.SEEK_CUR else target, whence)
-        self._ahead = io.BytesIO()
+        self._ahead = _EMPTY
         self._ahead_left = self._growth = 0
         return position
 
@@ -771,7 +782,7 @@ class Buffered(AsyncFile):
         self._raw = raw
         self._turn = raw._turn
         self._size = size
-        self._window = io.BytesIO()
+        self._window = _EMPTY
         self._unread = 0
         self._pending: list[bytes] = []
         self._pending_size = 0
@@ -859,18 +870,22 @@ class Buffered(AsyncFile):
     def _take_window(self) -> bytes:
         """All that is unread in it. There is no going back into it."""
         data = self._window.read()
-        self._set_window(b"")
+        self._forget_window()
         return data
 
     def _set_window(self, data: bytes) -> None:
         self._window = io.BytesIO(data)
         self._unread = len(data)
 
+    def _forget_window(self) -> None:
+        self._window = _EMPTY
+        self._unread = 0
+
     def _rewind(self) -> None:
         """The window is empty, and the raw file's position that of this one."""
         if self._unread:
             self._raw._seek(-self._unread, os.SEEK_CUR)
-        self._set_window(b"")
+        self._forget_window()
 
     async def _read(self, size: int) -> bytes:
         """As `io.BufferedReader`: multiples of the buffer's size directly, the rest through the window."""
@@ -909,18 +924,25 @@ class Buffered(AsyncFile):
             size = self._size
         if not self._unread and size:
             await self._make_ready_to_read()
-            self._set_window(b"")
+            self._forget_window()
             return await self._raw._fetch(size)
         data = self._window.read(size)
         self._unread -= len(data)
         return data
+
+    def _read1_ahead(self, size: int) -> bytes | None:
+        """The same, if nothing has to be waited for."""
+        if self._unread or self._pending:
+            return None
+        self._forget_window()
+        return self._raw._fetch_ahead(size)
 
     async def _readinto(self, view: memoryview, once: bool) -> int:
         count = self._window.readinto(view)
         self._unread -= count
         if count < len(view):
             await self._make_ready_to_read()
-            self._set_window(b"")
+            self._forget_window()
         while count < len(view):
             missing = len(view) - count
             if missing > self._size:
@@ -983,7 +1005,7 @@ class Buffered(AsyncFile):
         except BaseException:
             window.seek(position)
             raw._put_back([window.read(), *log])
-            self._set_window(b"")
+            self._forget_window()
             raise
         finally:
             raw._log = None
@@ -1100,7 +1122,7 @@ class Buffered(AsyncFile):
                 return here + step
         await self._drain()
         position = self._raw._seek(target - self._unread if whence == os.SEEK_CUR else target, whence)
-        self._set_window(b"")
+        self._forget_window()
         return position
 
     async def _truncate(self, size: int | None) -> int:

@@ -257,7 +257,9 @@ class TextFile(AsyncFile):
         decoder = self._decoder
         kept, state = decoder.getstate()
         size = max(_CHUNK_SIZE, int(max(self._bytes_per_char, 1.0) * hint))
-        data = await self._buffer._read1(size)
+        data = self._buffer._read1_ahead(size)
+        if data is None:
+            data = await self._buffer._read1(size)
         text = decoder.decode(data, not data)
         self._bytes_per_char = len(data) / len(text) if text else 0.0
         chunk = _Chunk(state, kept, data, text)
