@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 import trio
 from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled, enable_ki_protection
 
-from ._core import _this_thread
+from ._core import MAX_RW_COUNT, _this_thread
 from ._errors import UnsupportedOperation as MissingInKernel
 from ._file_ops import READ, WRITE, fadvise, fallocate, fdatasync, fsync, ftruncate, readv, writev
 from ._ops import POLL
@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from typing_extensions import Buffer, Self
+
+    Piece = tuple[Buffer, int, int]
+    """What has been read, where it begins in it, and its size."""
 
 T = TypeVar("T")
 
@@ -135,27 +138,28 @@ class Turn:
         self.credit = 0
 
 
-def readable_view(data: Buffer) -> memoryview:
-    """The bytes of any contiguous buffer."""
+def _size_of(data: Buffer) -> int:
+    """How many bytes there are in a bytes-like object."""
     try:
-        view = memoryview(data)
+        return memoryview(data).nbytes
     except TypeError:
         raise TypeError(f"a bytes-like object is required, not {type(data).__name__!r}") from None
-    if not view.c_contiguous:
-        view.release()
-        raise BufferError("memoryview: underlying buffer is not C-contiguous")
-    return view.cast("B")
 
 
-def _writable_view(name: str, buffer: Buffer) -> memoryview:
+def _room_in(buffer: Buffer, name: str) -> int:
+    """How many bytes may be read into it."""
     try:
         view = memoryview(buffer)
-        if not view.readonly and view.c_contiguous:
-            return view.cast("B")
-        view.release()
     except TypeError:
-        pass
-    raise TypeError(f"{name}() argument must be read-write bytes-like object, not {type(buffer).__name__}")
+        view = memoryview(b"")
+    if view.readonly or not view.c_contiguous:
+        raise TypeError(f"{name}() argument must be read-write bytes-like object, not {type(buffer).__name__}")
+    return view.nbytes
+
+
+def _from(buffer: Buffer, start: int) -> Buffer:
+    """Its bytes from there on. Not to be kept: in a traceback it would be an export for longer than it should."""
+    return memoryview(buffer).cast("B")[start:] if start else buffer
 
 
 def as_size(size: int | None) -> int:
@@ -343,6 +347,7 @@ class AsyncFile(trio.abc.AsyncResource):
         fd = self._raw._fd
         if fd < 0 or offset < 0:
             self._raw._refuse(offset)
+        size = min(size, MAX_RW_COUNT)
         room = bytes(size)  # new, and nobody else's until it is returned
         count = await _this_thread.manager.perform(READ, fd, offset, from_buffer(CHARS, room), -1)
         return room if count == size else room[:count]
@@ -456,7 +461,7 @@ class RawFile(AsyncFile):
         self._ahead_left = 0
         self._grows = self._regular and closefd
         self._growth = 0
-        self._log: list[Buffer] | None = None
+        self._log: list[Piece] | None = None
 
     @property
     def closed(self) -> bool:
@@ -526,10 +531,10 @@ class RawFile(AsyncFile):
     async def readinto(self, buffer: Buffer, /) -> int:
         """Reads into ``buffer`` with one operation; returns how many bytes."""
         self._check_readable()
-        with _writable_view("readinto", buffer) as view:
-            async with self._turn:
-                self._check_open()
-                return await self._fetch_into(view)
+        room = _room_in(buffer, "readinto")
+        async with self._turn:
+            self._check_open()
+            return await self._fetch_into(buffer, 0, room)
 
     async def readline(self, size: int | None = -1, /) -> bytes:
         """Reads a line, byte by byte as `io.FileIO`."""
@@ -538,11 +543,11 @@ class RawFile(AsyncFile):
 
     async def write(self, data: Buffer, /) -> int:
         """Writes ``data`` with one operation; returns how many bytes were written, which may be fewer."""
-        with readable_view(data) as view:
-            self._check_writable()
-            async with self._turn:
-                self._check_open()
-                return await self._put(view)
+        _size_of(data)
+        self._check_writable()
+        async with self._turn:
+            self._check_open()
+            return await self._put(data)
 
     async def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
         """Moves to a position and returns it."""
@@ -576,7 +581,7 @@ class RawFile(AsyncFile):
         data = self._ahead.read(size)
         self._ahead_left -= len(data)
         if self._log is not None:
-            self._log.append(data)
+            self._log.append((data, 0, len(data)))
         return data
 
     async def _fetch(self, size: int) -> bytes:
@@ -595,7 +600,7 @@ class RawFile(AsyncFile):
             self._ahead = io.BytesIO(data)
             data = self._ahead.read(size)
         if self._log is not None:
-            self._log.append(data)
+            self._log.append((data, 0, len(data)))
         return data
 
     async def _read_fd(self, size: int) -> bytes:
@@ -606,28 +611,26 @@ class RawFile(AsyncFile):
         if self._grows:
             size = max(size, self._growth)
             self._growth = min(2 * size, _READ_AHEAD_MAX)
+        size = min(size, MAX_RW_COUNT)
         room = bytes(size)  # new, and nobody else's until it is returned
         count = await _this_thread.manager.perform(READ, self._fd, -1, from_buffer(CHARS, room), -1)
         return room if count == size else room[:count]
 
-    async def _fetch_into(self, view: memoryview) -> int:
+    async def _fetch_into(self, buffer: Buffer, start: int, size: int) -> int:
         """The same, into memory of the caller's."""
-        ahead = self._ahead_left
-        if len(view) <= ahead or (ahead and not self._regular):
-            count = self._ahead.readinto(view)
-            self._ahead_left -= count
-        elif ahead:
-            data = await self._fetch(len(view))
-            view[: len(data)] = data
+        if self._ahead_left:
+            data = await self._fetch(size)
+            memoryview(buffer).cast("B")[start : start + len(data)] = data
             return len(data)
-        else:
-            if self._await_writer:
-                await self._until_written()
-            self._turn.renew()
-            count = await _this_thread.manager.perform(READ, self._fd, -1, from_buffer(CHARS, view, True), -1)
+        if self._await_writer:
+            await self._until_written()
+        self._turn.renew()
+        count = await _this_thread.manager.perform(
+            READ, self._fd, -1, from_buffer(CHARS, _from(buffer, start), True), -1
+        )
         if self._log is not None:
-            self._log.append(view[:count])
-        return count
+            self._log.append((buffer, start, count))
+        return cast("int", count)
 
     async def _until_written(self) -> None:
         """A FIFO that nobody has opened for writing yet reads as if it had ended."""
@@ -640,7 +643,7 @@ class RawFile(AsyncFile):
         if not data or len(data) == size:  # short, and where the file ends
             return data
         pieces = [data]
-        while data := await self._fetch(_READ_AHEAD_MAX):
+        while data := await self._fetch(max(size + 1 - len(data), _READ_AHEAD_MAX)):
             pieces.append(data)
         return b"".join(pieces)
 
@@ -662,19 +665,19 @@ class RawFile(AsyncFile):
     async def _undoing(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
         async with self._turn:
             self._check_open()
-            log: list[Buffer] = []
+            log: list[Piece] = []
             self._log = log
             try:
                 return await method(*args)
             except BaseException:
-                self._put_back(log)
+                self._put_back(b"", log)
                 raise
             finally:
                 self._log = None
 
-    def _put_back(self, pieces: Iterable[Buffer]) -> None:
-        """They have not been read, after all."""
-        data = b"".join((*pieces, self._ahead.read()))
+    def _put_back(self, first: bytes, pieces: Iterable[Piece]) -> None:
+        """All of that has not been read, after all."""
+        data = b"".join((first, *(memoryview(b).cast("B")[i : i + n] for b, i, n in pieces), self._ahead.read()))
         self._ahead = io.BytesIO(data)
         self._ahead_left = len(data)
 
@@ -683,11 +686,11 @@ class RawFile(AsyncFile):
         if self._ahead_left and self.seekable():
             self._seek(0, os.SEEK_CUR)
 
-    async def _put(self, data: Buffer) -> int:
-        """One write."""
+    async def _put(self, data: Buffer, start: int = 0) -> int:
+        """One write, of what begins there."""
         self._settle()
         self._turn.renew()
-        return await _this_thread.manager.perform(WRITE, self._fd, -1, from_buffer(CHARS, data), -1)
+        return await _this_thread.manager.perform(WRITE, self._fd, -1, from_buffer(CHARS, _from(data, start)), -1)
 
     def _tell(self) -> int:
         return os.lseek(self._fd, 0, os.SEEK_CUR) - self._ahead_left
@@ -823,14 +826,12 @@ class Buffered(AsyncFile):
     async def readinto(self, buffer: Buffer, /) -> int:
         """Reads into ``buffer`` until it is full or the file ends; returns how many bytes."""
         self._check_open("readinto")
-        with _writable_view("readinto", buffer) as view:
-            return await self._undoing(self._readinto, view, False)
+        return await self._undoing(self._readinto, buffer, _room_in(buffer, "readinto"), False)
 
     async def readinto1(self, buffer: Buffer, /) -> int:
         """Reads into ``buffer``, with at most one operation; returns how many bytes."""
         self._check_open("readinto")
-        with _writable_view("readinto1", buffer) as view:
-            return await self._undoing(self._readinto, view, True)
+        return await self._undoing(self._readinto, buffer, _room_in(buffer, "readinto1"), True)
 
     async def readline(self, size: int | None = -1, /) -> bytes:
         """Reads a line, of at most ``size`` bytes. Empty at the end of the file."""
@@ -937,25 +938,28 @@ class Buffered(AsyncFile):
         self._forget_window()
         return self._raw._fetch_ahead(size)
 
-    async def _readinto(self, view: memoryview, once: bool) -> int:
-        count = self._window.readinto(view)
-        self._unread -= count
-        if count < len(view):
+    async def _readinto(self, buffer: Buffer, size: int, once: bool) -> int:
+        count = self._read_window_into(buffer, 0)
+        if count < size:
             await self._make_ready_to_read()
             self._forget_window()
-        while count < len(view):
-            missing = len(view) - count
+        while count < size:
+            missing = size - count
             if missing > self._size:
-                got = await self._raw._fetch_into(view[count:])
+                got = await self._raw._fetch_into(buffer, count, missing)
             elif once and count:
                 break
             else:
                 self._set_window(await self._raw._fetch(self._size))
-                got = self._window.readinto(view[count:])
-                self._unread -= got
+                got = self._read_window_into(buffer, count)
             count += got
             if once or not got:
                 break
+        return count
+
+    def _read_window_into(self, buffer: Buffer, start: int) -> int:
+        count = self._window.readinto(_from(buffer, start))
+        self._unread -= count
         return count
 
     async def _peek(self) -> bytes:
@@ -998,13 +1002,13 @@ class Buffered(AsyncFile):
     async def _or_undo(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
         raw = self._raw
         window, position = self._window, self._window.tell()
-        log: list[Buffer] = []
+        log: list[Piece] = []
         raw._log = log
         try:
             return await method(*args)
         except BaseException:
             window.seek(position)
-            raw._put_back([window.read(), *log])
+            raw._put_back(window.read(), log)
             self._forget_window()
             raise
         finally:
@@ -1020,18 +1024,17 @@ class Buffered(AsyncFile):
     async def write(self, data: Buffer, /) -> int:
         """Writes ``data`` to the buffer, and the buffer to the file when it is full; returns the size of ``data``."""
         turn = self._turn
-        content = data if type(data) is bytes else readable_view(data)
-        size = len(content)
+        size = len(data) if type(data) is bytes else _size_of(data)
         if turn.credit and self._pending_size + size <= self._size:
             turn.credit -= 1
-            self._take(content)
+            self._take(data)
             return size
         self._check_open("write")
         if not turn.take():
             await turn.wait()
         try:
             self._check_open("write")
-            await self._write(content, self._size)
+            await self._write(data, size, self._size)
             return size
         finally:
             turn.give_up()
@@ -1040,28 +1043,28 @@ class Buffered(AsyncFile):
     def _room(self) -> int:
         return self._size - self._pending_size
 
-    def _take(self, data: bytes | memoryview) -> None:
-        """Adds to what is pending."""
+    def _take(self, data: Buffer, start: int = 0) -> None:
+        """Adds what begins there to what is pending."""
         if not self._pending:
             self._rewind()
-        self._pending.append(bytes(data))
-        self._pending_size += len(data)
+        content = bytes(_from(data, start))
+        self._pending.append(content)
+        self._pending_size += len(content)
 
-    async def _write(self, data: bytes | memoryview, keep: int) -> None:
+    async def _write(self, data: Buffer, size: int, keep: int) -> None:
         """Writes it after what is pending, or makes it so; at most ``keep`` bytes are pending at the end."""
-        if self._pending_size + len(data) > keep:
+        if self._pending_size + size > keep:
             await self._drain()
-        if len(data) > keep:
+        sent = 0
+        if size > keep:
             self._rewind()
-            sent = 0
             try:
-                while len(data) - sent > keep:
-                    sent += await self._raw._put(memoryview(data)[sent:] if sent else data)
+                while size - sent > keep:
+                    sent += await self._raw._put(data, sent)
             except trio.Cancelled:
                 if not sent:
                     raise
-            data = data[sent:]
-        self._take(data)
+        self._take(data, sent)
 
     async def _drain(self) -> None:
         while self._pending:
@@ -1161,6 +1164,7 @@ class Buffered(AsyncFile):
             data = data[os.write(raw._fd, data) :]
 
 
+@protected
 class _CanPeek(Buffered):
     __slots__ = ()
 

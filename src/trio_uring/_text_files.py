@@ -361,7 +361,7 @@ class TextFile(AsyncFile):
             state = encoder.getstate()
             data = encoder.encode(text)
             try:
-                await buffer._write(data, 0 if flush else buffer._size)
+                await buffer._write(data, len(data), 0 if flush else buffer._size)
             except BaseException:
                 encoder.setstate(state)
                 raise
