@@ -33,6 +33,7 @@ import os
 import select
 import stat
 import warnings
+from operator import index
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
 import trio
@@ -164,7 +165,7 @@ def _from(buffer: Buffer, start: int) -> Buffer:
 
 def as_size(size: int | None) -> int:
     """How much to read; -1 is everything."""
-    return -1 if size is None else size.__index__()
+    return -1 if size is None else index(size)
 
 
 class _Detached:
@@ -543,11 +544,11 @@ class RawFile(AsyncFile):
 
     async def write(self, data: Buffer, /) -> int:
         """Writes ``data`` with one operation; returns how many bytes were written, which may be fewer."""
-        _size_of(data)
+        size = _size_of(data)
         self._check_writable()
         async with self._turn:
             self._check_open()
-            return await self._put(data)
+            return await self._put(data, size)
 
     async def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
         """Moves to a position and returns it."""
@@ -686,11 +687,16 @@ class RawFile(AsyncFile):
         if self._ahead_left and self.seekable():
             self._seek(0, os.SEEK_CUR)
 
-    async def _put(self, data: Buffer, start: int = 0) -> int:
+    async def _put(self, data: Buffer, size: int, start: int = 0) -> int:
         """One write, of what begins there."""
         self._settle()
         self._turn.renew()
-        return await _this_thread.manager.perform(WRITE, self._fd, -1, from_buffer(CHARS, _from(data, start)), -1)
+        before = os.lseek(self._fd, 0, os.SEEK_CUR) if self._regular else 0
+        sent: int = await _this_thread.manager.perform(WRITE, self._fd, -1, from_buffer(CHARS, _from(data, start)), -1)
+        if sent < size - start and self._regular and os.lseek(self._fd, 0, os.SEEK_CUR) == before:
+            # An error has ended it after a part, on a full disk, say. The kernel has not moved the position then.
+            os.lseek(self._fd, before + sent, os.SEEK_SET)
+        return sent
 
     def _tell(self) -> int:
         return os.lseek(self._fd, 0, os.SEEK_CUR) - self._ahead_left
@@ -751,10 +757,10 @@ class RawFile(AsyncFile):
         fd = getattr(self, "_fd", -1)
         if fd < 0 or not self._closefd:
             return
-        self._fd = -1
         try:
             warnings.warn(f"unclosed file {self!r}", ResourceWarning, stacklevel=2, source=self)
         finally:
+            self._fd = -1
             os.close(fd)
 
 
@@ -1060,7 +1066,7 @@ class Buffered(AsyncFile):
             self._rewind()
             try:
                 while size - sent > keep:
-                    sent += await self._raw._put(data, sent)
+                    sent += await self._raw._put(data, size, sent)
             except trio.Cancelled:
                 if not sent:
                     raise
@@ -1070,7 +1076,7 @@ class Buffered(AsyncFile):
         while self._pending:
             data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
             self._pending = [data]
-            sent = await self._raw._put(data)
+            sent = await self._raw._put(data, len(data))
             self._pending = [data[sent:]] if sent < len(data) else []
             self._pending_size -= sent
 
@@ -1094,7 +1100,7 @@ class Buffered(AsyncFile):
         async with self._turn:
             await self._turn.checkpoint()
             self._check_open("seek")
-            return await self._seek(target.__index__(), whence)
+            return await self._seek(index(target), whence)
 
     async def tell(self) -> int:
         """The position."""

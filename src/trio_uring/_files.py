@@ -200,7 +200,7 @@ async def open_file(
         UnavailableError: the run has no ring.
     """
     name: Any = file if isinstance(file, int) else os.fspath(file)
-    if encoding is None and "b" not in mode:
+    if encoding is None and "b" not in str(mode):
         encoding = io.text_encoding(None, 2)
         if encoding == "locale":
             encoding = _locale_encoding()
