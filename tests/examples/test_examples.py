@@ -78,7 +78,7 @@ def test_blocks_are_found_in_both_formats() -> None:
     assert {"README.md", "index.rst"} <= {place.partition(":")[0] for place in BLOCKS}
 
 
-@pytest.mark.parametrize("name", ["reads", "batch", "multishot", "pyaio", "idle_tick", "echo", "cancel"])
+@pytest.mark.parametrize("name", ["reads", "files", "batch", "multishot", "pyaio", "idle_tick", "echo", "cancel"])
 def test_benchmark_runs(name: str) -> None:
     assert name in python("-m", "benchmarks", name, "--rounds", "2")
 
