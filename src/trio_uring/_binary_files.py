@@ -168,6 +168,37 @@ def as_size(size: int | None) -> int:
     return -1 if size is None else index(size)
 
 
+class Reading:
+    """While a file is read: if that fails, what it has read is put back. Then the turn is given up, if it is given.
+
+    Args:
+        file: what is read.
+        turn: the task's.
+    """
+
+    __slots__ = ("_file", "_mark", "_turn")
+
+    def __init__(self, file: AsyncFile, turn: Turn | None = None) -> None:
+        self._file = file
+        self._turn = turn
+
+    def __enter__(self) -> None:
+        try:
+            self._file._check_open()
+            self._mark = self._file._begin_reading()
+        except BaseException:
+            self._end()
+            raise
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        self._file._end_reading(self._mark, exc)
+        self._end()
+
+    def _end(self) -> None:
+        if self._turn is not None:
+            self._turn.give_up()
+
+
 class _Detached:
     """Stands where the layer below was."""
 
@@ -233,8 +264,12 @@ class AsyncFile(trio.abc.AsyncResource):
     async def _readlines(self, hint: int) -> list[Any]:
         raise NotImplementedError
 
-    async def _undoing(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Calls a method that reads, with the turn. If it fails, what it has read is as if it had not been."""
+    def _begin_reading(self) -> Any:
+        """Takes notice of where reading begins."""
+        raise NotImplementedError
+
+    def _end_reading(self, mark: Any, exc: BaseException | None) -> None:
+        """Goes back there if it has failed."""
         raise NotImplementedError
 
     def _check_open(self, what: str = "") -> None:
@@ -255,6 +290,14 @@ class AsyncFile(trio.abc.AsyncResource):
         raise NotImplementedError
 
     # What is the same for all
+
+    async def _undoing(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Calls a method that reads, with the turn. If it fails, what it has read is as if it had not been."""
+        turn = self._turn
+        if not turn.take():
+            await turn.wait()
+        with Reading(self, turn):
+            return await method(*args)
 
     async def readlines(self, hint: int | None = -1, /) -> list[Any]:
         """Reads all lines, or as many as have not more than ``hint`` characters or bytes and one more."""
@@ -442,6 +485,7 @@ class RawFile(AsyncFile):
         "_readable",
         "_regular",
         "_seekable",
+        "_size",
         "_writable",
     )
 
@@ -456,6 +500,7 @@ class RawFile(AsyncFile):
         self._writable = "r" not in mode or "+" in mode
         self._regular = stat.S_ISREG(status.st_mode)
         self._seekable: bool | None = True if self._regular else None
+        self._size = status.st_size if self._regular and closefd and isinstance(name, (str, bytes)) else 0
         self._block_size = status.st_blksize if status.st_blksize > 1 else io.DEFAULT_BUFFER_SIZE
         self._await_writer = self._readable and stat.S_ISFIFO(status.st_mode) and isinstance(name, (str, bytes))
         self._ahead = _EMPTY
@@ -592,7 +637,18 @@ class RawFile(AsyncFile):
             served = self._fetch_ahead(size)
             if served is not None:
                 return served
-        data = await self._read_fd(size - ahead)
+        if self._await_writer:
+            await self._until_written()
+        wanted = size - ahead
+        if self._grows:
+            wanted = max(wanted, self._growth)
+            self._growth = min(2 * wanted, _READ_AHEAD_MAX)
+        wanted = min(wanted, MAX_RW_COUNT)
+        self._turn.renew()
+        data = bytes(wanted)  # new, and nobody else's until it is returned
+        count = await _this_thread.manager.perform(READ, self._fd, -1, from_buffer(CHARS, data), -1)
+        if count < wanted:
+            data = data[:count]
         if ahead:
             data = self._ahead.read() + data
             self._ahead_left = 0
@@ -603,19 +659,6 @@ class RawFile(AsyncFile):
         if self._log is not None:
             self._log.append((data, 0, len(data)))
         return data
-
-    async def _read_fd(self, size: int) -> bytes:
-        """Reads what is wanted, and perhaps more."""
-        if self._await_writer:
-            await self._until_written()
-        self._turn.renew()
-        if self._grows:
-            size = max(size, self._growth)
-            self._growth = min(2 * size, _READ_AHEAD_MAX)
-        size = min(size, MAX_RW_COUNT)
-        room = bytes(size)  # new, and nobody else's until it is returned
-        count = await _this_thread.manager.perform(READ, self._fd, -1, from_buffer(CHARS, room), -1)
-        return room if count == size else room[:count]
 
     async def _fetch_into(self, buffer: Buffer, start: int, size: int) -> int:
         """The same, into memory of the caller's."""
@@ -639,7 +682,7 @@ class RawFile(AsyncFile):
         self._await_writer = False
 
     async def _read_all(self) -> bytes:
-        size = max(0, os.fstat(self._fd).st_size - self._tell()) if self._regular else 0
+        size = self._size_left()
         data = await self._fetch(size + 1 if size else io.DEFAULT_BUFFER_SIZE)
         if not data or len(data) == size:  # short, and where the file ends
             return data
@@ -647,6 +690,13 @@ class RawFile(AsyncFile):
         while data := await self._fetch(max(size + 1 - len(data), _READ_AHEAD_MAX)):
             pieces.append(data)
         return b"".join(pieces)
+
+    def _size_left(self) -> int:
+        """How much there seems to be of a regular file; 0 of what does not say."""
+        if self._size:
+            size, self._size = self._size, 0
+            return size
+        return max(0, os.fstat(self._fd).st_size - self._tell()) if self._regular else 0
 
     async def _readline(self, limit: int) -> bytes:
         if limit != 0:
@@ -663,18 +713,15 @@ class RawFile(AsyncFile):
         self._check_readable()
         return await lines_of(self._readline, hint)
 
-    async def _undoing(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
-        async with self._turn:
-            self._check_open()
-            log: list[Piece] = []
-            self._log = log
-            try:
-                return await method(*args)
-            except BaseException:
-                self._put_back(b"", log)
-                raise
-            finally:
-                self._log = None
+    def _begin_reading(self) -> list[Piece]:
+        log: list[Piece] = []
+        self._log = log
+        return log
+
+    def _end_reading(self, mark: list[Piece], exc: BaseException | None) -> None:
+        self._log = None
+        if exc is not None:
+            self._put_back(b"", mark)
 
     def _put_back(self, first: bytes, pieces: Iterable[Piece]) -> None:
         """All of that has not been read, after all."""
@@ -822,7 +869,10 @@ class Buffered(AsyncFile):
         self._check_open("read")
         if size < -1:
             raise ValueError("read length must be non-negative or -1")
-        return await (self._undoing(self._read_all) if size < 0 else self._undoing(self._read, size))
+        if not turn.take():
+            await turn.wait()
+        with Reading(self, turn):
+            return await (self._read_all() if size < 0 else self._read(size))
 
     async def read1(self, size: int | None = -1, /) -> bytes:
         """Reads up to ``size`` bytes, with at most one operation."""
@@ -849,7 +899,10 @@ class Buffered(AsyncFile):
                 turn.credit -= 1
                 return line
         self._check_open("readline")
-        return await self._undoing(self._readline, limit)
+        if not turn.take():
+            await turn.wait()
+        with Reading(self, turn):
+            return await self._readline(limit)
 
     async def __anext__(self) -> bytes:
         turn = self._turn
@@ -876,7 +929,7 @@ class Buffered(AsyncFile):
 
     def _take_window(self) -> bytes:
         """All that is unread in it. There is no going back into it."""
-        data = self._window.read()
+        data = self._window.read() if self._unread else b""
         self._forget_window()
         return data
 
@@ -899,9 +952,11 @@ class Buffered(AsyncFile):
         if size <= self._unread:
             self._unread -= size
             return self._window.read(size)
-        pieces = [self._take_window()]
-        missing = size - len(pieces[0])
-        await self._make_ready_to_read()
+        before = self._take_window()
+        pieces = [before] if before else []  # one piece is not copied
+        missing = size - len(before)
+        if self._pending:
+            await self._drain()
         while missing >= self._size:
             data = await self._raw._fetch(missing - missing % self._size)
             if not data:
@@ -922,7 +977,8 @@ class Buffered(AsyncFile):
 
     async def _read_all(self) -> bytes:
         before = self._take_window()
-        await self._make_ready_to_read()
+        if self._pending:
+            await self._drain()
         data = await self._raw._read_all()
         return before + data if before else data
 
@@ -930,7 +986,8 @@ class Buffered(AsyncFile):
         if size < 0:
             size = self._size
         if not self._unread and size:
-            await self._make_ready_to_read()
+            if self._pending:
+                await self._drain()
             self._forget_window()
             return await self._raw._fetch(size)
         data = self._window.read(size)
@@ -947,7 +1004,8 @@ class Buffered(AsyncFile):
     async def _readinto(self, buffer: Buffer, size: int, once: bool) -> int:
         count = self._read_window_into(buffer, 0)
         if count < size:
-            await self._make_ready_to_read()
+            if self._pending:
+                await self._drain()
             self._forget_window()
         while count < size:
             missing = size - count
@@ -981,7 +1039,8 @@ class Buffered(AsyncFile):
             return line
         pieces = [self._take_window()]
         length = len(pieces[0])
-        await self._make_ready_to_read()
+        if self._pending:
+            await self._drain()
         while True:
             self._set_window(await self._raw._fetch(self._size))
             left = limit - length if limit >= 0 else -1
@@ -995,35 +1054,16 @@ class Buffered(AsyncFile):
     async def _readlines(self, hint: int) -> list[bytes]:
         return await lines_of(self._readline, hint)
 
-    async def _undoing(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
-        turn = self._turn
-        if not turn.take():
-            await turn.wait()
-        try:
-            self._check_open("read")
-            return await self._or_undo(method, *args)
-        finally:
-            turn.give_up()
+    def _begin_reading(self) -> tuple[io.BytesIO, int, list[Piece]]:
+        return self._window, self._window.tell(), self._raw._begin_reading()
 
-    async def _or_undo(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
-        raw = self._raw
-        window, position = self._window, self._window.tell()
-        log: list[Piece] = []
-        raw._log = log
-        try:
-            return await method(*args)
-        except BaseException:
+    def _end_reading(self, mark: tuple[io.BytesIO, int, list[Piece]], exc: BaseException | None) -> None:
+        self._raw._log = None
+        if exc is not None:
+            window, position, log = mark
             window.seek(position)
-            raw._put_back(window.read(), log)
+            self._raw._put_back(window.read(), log)
             self._forget_window()
-            raise
-        finally:
-            raw._log = None
-
-    async def _make_ready_to_read(self) -> None:
-        """What was written comes first."""
-        if self._pending:
-            await self._drain()
 
     # Writing
 

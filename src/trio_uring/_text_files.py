@@ -18,16 +18,14 @@ import codecs
 import io
 import os
 import struct
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from ._binary_files import AsyncFile, Buffered, Turn, _Detached, as_size, lines_of, protected
+from ._binary_files import AsyncFile, Buffered, Reading, Turn, _Detached, as_size, lines_of, protected
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from ._binary_files import RawFile
-
-T = TypeVar("T")
 
 _CHUNK_SIZE: Final = 8192
 _COOKIE: Final = struct.Struct(
@@ -204,7 +202,10 @@ class TextFile(AsyncFile):
                 return text
             self._chars.seek(self._chars.tell() - len(text))
         self._check_readable()
-        return await (self._undoing(self._read_all) if size < 0 else self._undoing(self._read, size))
+        if not turn.take():
+            await turn.wait()
+        with Reading(self, turn):
+            return await (self._read_all() if size < 0 else self._read(size))
 
     async def readline(self, size: int | None = -1, /) -> str:
         """Reads a line, of at most ``size`` characters. Empty at the end of the file."""
@@ -216,7 +217,10 @@ class TextFile(AsyncFile):
                 turn.credit -= 1
                 return line
         self._check_readable()
-        return await self._undoing(self._readline, limit)
+        if not turn.take():
+            await turn.wait()
+        with Reading(self, turn):
+            return await self._readline(limit)
 
     async def __anext__(self) -> str:
         turn = self._turn
@@ -281,7 +285,8 @@ class TextFile(AsyncFile):
         return "".join(pieces)
 
     async def _read_all(self) -> str:
-        data = await self._buffer._or_undo(self._buffer._read_all)
+        with Reading(self._buffer):
+            data = await self._buffer._read_all()
         text: str = self._decoder.decode(data, True)
         before: str = self._chars.read()
         self._set_chunk(None)
@@ -313,20 +318,15 @@ class TextFile(AsyncFile):
         self._check_readable()
         return await lines_of(self._readline, hint)
 
-    async def _undoing(self, method: Callable[..., Awaitable[T]], *args: Any) -> T:
-        async with self._turn:
-            self._check_open()
-            used = self._chars.tell()
-            self._log = log = [] if self._chunk is None else [self._chunk]
-            try:
-                return await method(*args)
-            except UnicodeError:  # as with io, what cannot be decoded has been read
-                raise
-            except BaseException:
-                self._put_back(log, used)
-                raise
-            finally:
-                self._log = None
+    def _begin_reading(self) -> tuple[int, list[_Chunk]]:
+        self._log = log = [] if self._chunk is None else [self._chunk]
+        return self._chars.tell(), log
+
+    def _end_reading(self, mark: tuple[int, list[_Chunk]], exc: BaseException | None) -> None:
+        self._log = None
+        if exc is not None and not isinstance(exc, UnicodeError):  # as with io, what cannot be decoded has been read
+            used, chunks = mark
+            self._put_back(chunks, used)
 
     def _put_back(self, chunks: list[_Chunk], used: int) -> None:
         """Makes one chunk of them, of which ``used`` characters have been read."""
