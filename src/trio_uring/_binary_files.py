@@ -286,6 +286,10 @@ class AsyncFile(trio.abc.AsyncResource):
         """Writes what waits to be written."""
         raise NotImplementedError
 
+    def _leave(self) -> None:
+        """Leaves the fd where `io` would, for others that share it."""
+        raise NotImplementedError
+
     async def _flush(self) -> None:
         raise NotImplementedError
 
@@ -333,6 +337,8 @@ class AsyncFile(trio.abc.AsyncResource):
                     async with self._turn:
                         if not raw.closed:
                             await self._drain()
+            if not raw.closed:
+                self._leave()
         finally:
             raw._close()
         await checkpoint_if_cancelled()
@@ -770,6 +776,9 @@ class RawFile(AsyncFile):
     async def _drain(self) -> None:
         pass
 
+    def _leave(self) -> None:
+        self._settle()
+
     async def _flush(self) -> None:
         pass
 
@@ -1119,6 +1128,11 @@ class Buffered(AsyncFile):
             sent = await self._raw._put(data, len(data))
             self._pending = [data[sent:]] if sent < len(data) else []
             self._pending_size -= sent
+
+    def _leave(self) -> None:
+        if self._writable:
+            self._rewind()
+        self._raw._settle()
 
     async def _flush(self) -> None:
         if self._writable:

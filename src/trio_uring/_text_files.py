@@ -376,6 +376,9 @@ class TextFile(AsyncFile):
     async def _drain(self) -> None:
         await self._buffer._drain()
 
+    def _leave(self) -> None:
+        self._buffer._leave()
+
     async def _flush(self) -> None:
         await self._buffer._flush()
 

@@ -218,6 +218,27 @@ async def test_an_fd(bench: Bench) -> None:
         os.fstat(fd)
 
 
+async def test_an_fd_is_left_where_io_leaves_it(bench: Bench) -> None:
+    content = os.urandom(200_000)
+    for mode in ("rb", "r+b"):
+        for size in (3, 5000, 100_000):
+            positions = []
+            for opened in (open, open_file):
+                fd = os.open(bench.path(content), os.O_RDWR)
+                shared = bench.keep(os.dup(fd))
+                file: Any = opened(fd, mode)
+                if opened is open:
+                    for _ in range(0, size, 100):
+                        file.read(100)
+                    file.close()
+                else:
+                    async with await file as file:
+                        for _ in range(0, size, 100):
+                            await file.read(100)
+                positions.append(os.lseek(shared, 0, os.SEEK_CUR))
+            assert positions[0] == positions[1]
+
+
 async def test_an_fd_that_open_refuses_stays_open_or_not_as_with_io(bench: Bench) -> None:
     directory = bench.keep(os.open(bench.directory, os.O_RDONLY))
     with pytest.raises(IsADirectoryError) as raised:
