@@ -7,14 +7,9 @@ import re
 import subprocess
 import sys
 import textwrap
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 ROOT = Path(__file__).parent.parent.parent
 _MARKDOWN_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -72,33 +67,33 @@ def test_pytest_trio() -> None:
     assert "3 passed" in python("-m", "pytest", "-p", "no:cacheprovider", "examples/test_with_pytest_trio.py")
 
 
+def cat(*args: str | Path, stdin: bytes = b"") -> tuple[int, bytes, str]:
+    """Exit status, output, complaints."""
+    command = [sys.executable, "examples/cat.py", *args]
+    done = subprocess.run(command, check=False, cwd=ROOT, input=stdin, capture_output=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
 def test_cat(tmp_path: Path) -> None:
     text, blob = tmp_path / "text", tmp_path / "blob"
     text.write_bytes(b"one\ntwo")
     blob.write_bytes(os.urandom(1_000_000))
-    command = [sys.executable, "examples/cat.py"]
-    cat: Callable[..., subprocess.CompletedProcess[bytes]]
-    cat = partial(subprocess.run, check=True, cwd=ROOT, stdout=subprocess.PIPE, timeout=60)
-    assert cat([*command, text, "-", blob], input=b"three").stdout == b"one\ntwothree" + blob.read_bytes()
-    assert cat([*command, "-n", text]).stdout == b"     1\tone\n     2\ttwo"
-    done = cat([*command, tmp_path, "no-such-file", text], check=False, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stdout) == (1, text.read_bytes())
-    assert done.stderr.decode().splitlines() == [
-        f"cat: {tmp_path}: Is a directory",
-        "cat: no-such-file: No such file or directory",
-    ]
+    assert cat(text, "-", blob, stdin=b"three") == (0, b"one\ntwothree" + blob.read_bytes(), "")
+    assert cat("-n", text) == (0, b"     1\tone\n     2\ttwo", "")
+    complaints = f"cat: {tmp_path}: Is a directory\ncat: no-such-file: No such file or directory\n"
+    assert cat(tmp_path, "no-such-file", text) == (1, text.read_bytes(), complaints)
 
 
 def test_cat_when_nobody_reads_any_more() -> None:
     with subprocess.Popen(
         [sys.executable, "examples/cat.py", "/dev/zero"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as cat:
-        assert cat.stdout is not None
-        assert cat.stdout.read(100_000) == bytes(100_000)
-        cat.stdout.close()
-        assert cat.wait(60) == 1
-        assert cat.stderr is not None
-        assert cat.stderr.read() == b""
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(100_000) == bytes(100_000)
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
 
 
 @pytest.mark.parametrize("place", BLOCKS)
