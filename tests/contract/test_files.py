@@ -95,6 +95,8 @@ async def test_it_has_what_the_io_object_has(bench: Bench, mode: str, buffering:
             assert isinstance(file, AsyncFile)
             more = {name for name in _public(AsyncFile) if not hasattr(io.TextIOWrapper, name)} - {"mode"}
             assert _public(file) - more == _public(expected) - NOT_OURS
+            assert _public(file) >= _public(trio.wrap_file(expected)) - {"wrapped"} - ({"detach"} - _public(expected))
+            assert all(hasattr(file, name) for name in _public(file))
             for name in ("name", "mode", "closed", "encoding", "errors", "newlines", "line_buffering", "closefd"):
                 assert getattr(file, name, None) == getattr(expected, name, None), name
             for name in ("readable", "writable", "seekable", "isatty"):
