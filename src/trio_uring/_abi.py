@@ -128,7 +128,6 @@ class Feature(enum.IntFlag):
 SQE_FIXED_FILE = 1 << 0  # fd is a place in the table of registered files
 SQE_IO_LINK = 1 << 2  # the next request starts when this one is done, and is cancelled if this one fails
 SQE_IO_HARDLINK = 1 << 3  # the next request starts when this one is done, whatever came of it
-SQE_ASYNC = 1 << 4  # in a worker of the kernel from the start
 SQE_BUFFER_SELECT = 1 << 5  # the kernel takes a provided buffer
 
 SPLICE_F_FD_IN_FIXED = 1 << 31  # and so is splice's and tee's second fd

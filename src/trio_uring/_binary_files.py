@@ -30,7 +30,6 @@ import errno
 import inspect
 import io
 import os
-import select
 import stat
 import warnings
 from operator import index
@@ -42,7 +41,6 @@ from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled, enabl
 from ._core import MAX_RW_COUNT, _this_thread
 from ._errors import UnsupportedOperation as MissingInKernel
 from ._file_ops import READ, WRITE, fadvise, fallocate, fdatasync, fsync, ftruncate, readv, writev
-from ._ops import POLL
 from ._structs import CHARS, from_buffer
 
 if TYPE_CHECKING:
@@ -479,7 +477,6 @@ class RawFile(AsyncFile):
     __slots__ = (
         "_ahead",
         "_ahead_left",
-        "_await_writer",
         "_block_size",
         "_closefd",
         "_fd",
@@ -508,7 +505,6 @@ class RawFile(AsyncFile):
         self._seekable: bool | None = True if self._regular else None
         self._size = status.st_size if self._regular and closefd and isinstance(name, (str, bytes)) else 0
         self._block_size = status.st_blksize if status.st_blksize > 1 else io.DEFAULT_BUFFER_SIZE
-        self._await_writer = self._readable and stat.S_ISFIFO(status.st_mode) and isinstance(name, (str, bytes))
         self._ahead = _EMPTY
         self._ahead_left = 0
         self._grows = self._regular and closefd
@@ -643,8 +639,6 @@ class RawFile(AsyncFile):
             served = self._fetch_ahead(size)
             if served is not None:
                 return served
-        if self._await_writer:
-            await self._until_written()
         wanted = size - ahead
         if self._grows:
             wanted = max(wanted, self._growth)
@@ -672,8 +666,6 @@ class RawFile(AsyncFile):
             data = await self._fetch(size)
             memoryview(buffer).cast("B")[start : start + len(data)] = data
             return len(data)
-        if self._await_writer:
-            await self._until_written()
         self._turn.renew()
         count = await _this_thread.manager.perform(
             READ, self._fd, -1, from_buffer(CHARS, _from(buffer, start), True), -1
@@ -681,11 +673,6 @@ class RawFile(AsyncFile):
         if self._log is not None:
             self._log.append((buffer, start, count))
         return cast("int", count)
-
-    async def _until_written(self) -> None:
-        """A FIFO that nobody has opened for writing yet reads as if it had ended."""
-        await _this_thread.manager.perform(POLL, self._fd, op_flags=select.POLLIN)
-        self._await_writer = False
 
     async def _read_all(self) -> bytes:
         size = self._size_left()

@@ -17,12 +17,10 @@ import locale
 import mmap
 import os
 import stat
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast, overload
 
 from trio.lowlevel import checkpoint, enable_ki_protection
 
-from ._abi import SQE_ASYNC
 from ._binary_files import AsyncFile, BufferedRandom, BufferedReader, BufferedWriter, RawFile
 from ._core import _this_thread
 from ._file_ops import AT_FDCWD, OPENAT
@@ -51,9 +49,6 @@ _BUFFERED: Final[dict[type, type[BufferedReader | BufferedWriter | BufferedRando
     io.BufferedRandom: BufferedRandom,
 }
 _locale_encoding: Final = getattr(locale, "getencoding", functools.partial(locale.getpreferredencoding, False))
-
-_PATIENT_OPENAT: Final = replace(OPENAT, flags=SQE_ASYNC)
-"""In a kernel worker from the start, where open(2) may wait."""
 
 
 class _Plan(NamedTuple):
@@ -192,8 +187,8 @@ async def open_file(
         closefd: False leaves an fd that was given open.
         opener: called with path and flags, in this thread; returns the fd.
 
-    An open that is cancelled leaves no fd. Opening a FIFO does not block the thread: to write, it waits until somebody
-    reads; to read, it does not wait, but the first read waits until somebody has written.
+    An open that is cancelled leaves no fd. Opening a FIFO to write waits until somebody reads it, and can be cancelled;
+    opening one to read does not wait, but the first read waits until somebody has written.
 
     Raises:
         OSError: as `open`, with the path as its ``filename``.
@@ -244,17 +239,10 @@ async def _open_with(opener: Opener, path: Any, flags: int) -> int:
 
 
 async def _open(path: str | bytes, flags: int) -> int:
-    try:
-        return await _this_thread.manager.perform(
-            OPENAT, AT_FDCWD, 0, c_path(path), 0o666, flags | os.O_CLOEXEC, None, path
-        )
-    except OSError as exc:
-        if exc.errno != errno.ENXIO:
-            raise
-    # A FIFO that nobody reads yet
-    return await _this_thread.manager.perform(
-        _PATIENT_OPENAT, AT_FDCWD, 0, c_path(path), 0o666, flags | os.O_CLOEXEC, None, path
+    fd: int = await _this_thread.manager.perform(
+        OPENAT, AT_FDCWD, 0, c_path(path), 0o666, flags | os.O_CLOEXEC, None, path
     )
+    return fd
 
 
 def _raw_file(fd: int, name: Any, plan: _Plan, closefd: bool) -> RawFile:

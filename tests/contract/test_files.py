@@ -43,6 +43,7 @@ from trio_uring import (
     _files,
     aligned_buffer,
     open_file,
+    statistics,
 )
 from trio_uring._binary_files import CALLS_PER_CHECKPOINT
 
@@ -111,7 +112,12 @@ async def test_it_has_what_the_io_object_has(bench: Bench, mode: str, buffering:
 
 
 def _dup(path: Path) -> Any:
-    return lambda name, flags: os.open(path, flags)
+    def opener(name: str, flags: int) -> int:
+        fd = os.open(path, flags)
+        os.set_inheritable(fd, True)
+        return fd
+
+    return opener
 
 
 BAD_ARGUMENTS: list[tuple[Any, ...]] = [
@@ -307,13 +313,16 @@ async def test_text(bench: Bench) -> None:
         assert await file.write("grüße\n") == 6
         await file.writelines(["a\n", "b"])
     assert path.read_text("utf-16") == "grüße\na\nb"
+    async with await open_file(path, "a", encoding="utf-16") as file:
+        await file.write("c")
+    assert path.read_bytes() == "grüße\na\nbc".encode("utf-16")
     async with await open_file(path, encoding="utf-16") as file:
-        assert [line async for line in file] == ["grüße\n", "a\n", "b"]
+        assert [line async for line in file] == ["grüße\n", "a\n", "bc"]
         assert file.newlines == "\n"
         await file.seek(0)
         assert await file.readline() == "grüße\n"
         where = await file.tell()
-        assert await file.readlines() == ["a\n", "b"]
+        assert await file.readlines() == ["a\n", "bc"]
         await file.seek(where)
         assert await file.read(3) == "a\nb"
 
@@ -332,6 +341,53 @@ async def test_bytes(bench: Bench) -> None:
         assert await reader.readinto(buffer) == 3
         assert buffer == b"two"
         assert [line async for line in reader] == [b"\n", b"three"]
+
+
+async def _as_io(bench: Bench, content: bytes, calls: list[tuple[Any, ...]], *args: Any) -> None:
+    """Does the same to a file of each kind."""
+    with open(bench.path(content), *args) as expected:
+        async with await open_file(bench.path(content), *args) as file:
+            for name, *arguments in calls:
+                results: list[Any] = []
+                for one in (expected, file):
+                    try:
+                        result = getattr(one, name)(*arguments)
+                        results.append(await result if one is file else result)
+                    except Exception as exc:
+                        results.append((type(exc), str(exc)))
+                assert results[0] == results[1], (name, *arguments)
+
+
+async def test_the_window_is_that_of_io(bench: Bench) -> None:
+    """How much `peek` and `read1` give, before and after seeking, tells where it is."""
+    content = b"".join(b"%d\n" % n for n in range(20_000))
+    back_and_forth: list[tuple[Any, ...]] = [("seek", -5, 1), ("peek",), ("seek", 20, 1), ("peek",), ("tell",)]
+    for how in (("read", 10), ("readline",), ("read1", 5), ("read", 10_000), ("readinto", bytearray(7)), ("peek",)):
+        await _as_io(bench, content, [("read", 100), how, *back_and_forth, ("read1", 1 << 20), *back_and_forth], "rb")
+        await _as_io(bench, content, [how, ("read1", 1 << 20), *back_and_forth, how, *back_and_forth], "rb")
+        await _as_io(bench, content, [how, ("read", 5000), ("flush",), *back_and_forth, how, *back_and_forth], "r+b")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-8-sig", "utf-7", "shift_jis", "hz"])
+async def test_positions_are_those_of_io(bench: Bench, encoding: str) -> None:
+    content = "".join(f"{n} 日本 \r\n{n}\r" for n in range(600)).encode(encoding)
+    calls: list[tuple[Any, ...]] = [("readline",), ("tell",), ("read", 9), ("tell",), ("read", 3000), ("tell",)] * 4
+    for newline in (None, "", "\r"):
+        await _as_io(bench, content, calls, "r", -1, encoding, None, newline)
+
+
+async def test_what_cannot_be_decoded_has_been_read(bench: Bench) -> None:
+    content = b"one\ntwo\n" + b"x" * 9000 + b"\xff" + b"y" * 9000
+    calls: list[tuple[Any, ...]] = [("readline",), ("read", 20_000), ("tell",), ("read", 5), ("tell",)]
+    await _as_io(bench, content, calls, "r", -1, "ascii")
+
+
+async def test_a_small_file_is_one_operation(bench: Bench) -> None:
+    for mode in ("rb", "r"):
+        async with await open_file(bench.path(b"content"), mode) as file:
+            before = statistics().sqes
+            assert len(await file.read()) == 7
+            assert statistics().sqes == before + 1
 
 
 async def test_unbuffered(bench: Bench) -> None:
@@ -1042,6 +1098,35 @@ async def test_a_cancelled_write_of_text(bench: Bench) -> None:
         await file.write("\n")
     await file.aclose()
     assert os.read(read_end, 100).decode("iso2022_jp") == "日本\n"
+
+
+async def test_a_cancelled_write_leaves_the_codec_as_it_was(bench: Bench) -> None:
+    read_end, write_end, size = bench.full_pipe()
+    bench.closed(write_end)
+    async with await open_file(write_end, "w", 1, encoding="utf-16") as file, trio.open_nursery() as nursery:
+        attempt = await parked(nursery, file.write, "x\n")
+        assert await attempt.cancel()
+        drain(read_end, size)
+        await file.write("y\n")
+        assert os.read(read_end, 100) == "y\n".encode("utf-16")
+
+
+async def test_a_cancelled_seek_of_text_moves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bench.path(b"".join(b"%d\n" % n for n in range(10_000)))
+    cookie = 20_000 | 10 << 96 | 5 << 128  # decode ten bytes there, skip five characters
+    with open(path) as expected:
+        expected.seek(cookie)
+        async with await open_file(path) as file:
+            assert await file.readline() == "0\n"
+            where = await file.tell()
+            with cancelled_at_fetch(1, monkeypatch) as scope:
+                await file.seek(cookie)
+            assert scope.cancelled_caught
+            assert await file.tell() == where
+            await file.seek(where)
+            assert await file.readline() == "1\n"
+            await file.seek(cookie)
+            assert await file.read() == expected.read()
 
 
 async def test_a_cancelled_flush_can_be_repeated(bench: Bench) -> None:
