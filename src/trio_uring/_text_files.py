@@ -31,6 +31,7 @@ _CHUNK_SIZE: Final = 8192
 _COOKIE: Final = struct.Struct(
     "<qIII?"
 )  # position, state of the decoder, bytes to feed, characters to skip, at the end?
+_NO_BOM_IN_PIPES: Final = {"utf-16", "utf-32"}  # so has io it
 
 
 class TextSettings(NamedTuple):
@@ -128,7 +129,7 @@ class TextFile(AsyncFile):
         if buffer.writable():
             assert codec.incrementalencoder is not None
             self._encoder = codec.incrementalencoder(settings.errors)
-            if buffer.seekable() and buffer._tell() != 0:
+            if buffer._tell() != 0 if buffer.seekable() else codec.name in _NO_BOM_IN_PIPES:
                 self._encoder.setstate(0)  # the file has begun: no BOM
         self._log: list[_Chunk] | None = None
         self._bytes_per_char = 0.0

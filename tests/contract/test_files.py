@@ -366,6 +366,7 @@ async def test_the_window_is_that_of_io(bench: Bench) -> None:
         await _as_io(bench, content, [("read", 100), how, *back_and_forth, ("read1", 1 << 20), *back_and_forth], "rb")
         await _as_io(bench, content, [how, ("read1", 1 << 20), *back_and_forth, how, *back_and_forth], "rb")
         await _as_io(bench, content, [how, ("read", 5000), ("flush",), *back_and_forth, how, *back_and_forth], "r+b")
+        await _as_io(bench, content, [how, ("write", b"x"), ("flush",), ("readline",), ("readline",)], "r+b")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-8-sig", "utf-7", "shift_jis", "hz"])
@@ -1103,12 +1104,24 @@ async def test_a_cancelled_write_of_text(bench: Bench) -> None:
 async def test_a_cancelled_write_leaves_the_codec_as_it_was(bench: Bench) -> None:
     read_end, write_end, size = bench.full_pipe()
     bench.closed(write_end)
-    async with await open_file(write_end, "w", 1, encoding="utf-16") as file, trio.open_nursery() as nursery:
+    async with await open_file(write_end, "w", 1, encoding="utf-8-sig") as file, trio.open_nursery() as nursery:
         attempt = await parked(nursery, file.write, "x\n")
         assert await attempt.cancel()
         drain(read_end, size)
         await file.write("y\n")
-        assert os.read(read_end, 100) == "y\n".encode("utf-16")
+        assert os.read(read_end, 100) == "y\n".encode("utf-8-sig")
+
+
+async def test_a_bom_in_a_pipe_is_that_of_io(bench: Bench) -> None:
+    for encoding in ("utf-8-sig", "utf-16", "utf-32", "utf-16-le"):
+        read_end, write_end = bench.pipe()
+        with open(write_end, "w", encoding=encoding, closefd=False) as expected:
+            expected.write("x")
+        async with await open_file(write_end, "w", encoding=encoding, closefd=False) as file:
+            await file.write("x")
+        received = os.read(read_end, 100)
+        half = len(received) // 2
+        assert received[:half] == received[half:]
 
 
 async def test_a_cancelled_seek_of_text_moves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
