@@ -31,8 +31,11 @@ import inspect
 import io
 import os
 import stat
+import sys
 import warnings
+from itertools import islice
 from operator import index
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
 import trio
@@ -44,9 +47,9 @@ from ._file_ops import READ, WRITE, fadvise, fallocate, fdatasync, fsync, ftrunc
 from ._structs import CHARS, from_buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
-    from typing_extensions import Buffer, Self
+    from typing_extensions import Buffer
 
     Piece = tuple[Buffer, int, int]
     """What has been read, where it begins in it, and its size."""
@@ -54,7 +57,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CALLS_PER_CHECKPOINT: Final = 100
-"""How many calls in a row the buffer may serve before one is a checkpoint."""
+"""How many calls in a row the buffer may serve before it is asked when the last checkpoint was."""
+CHECKPOINT_SECONDS: Final = 0.001
+"""How long ago it must be for the next call to be one."""
 
 _READ_AHEAD_MAX: Final = 1 << 18
 _CLOSED: Final = "I/O operation on closed file."
@@ -65,7 +70,7 @@ _EMPTY: Final = io.BytesIO()
 def protected(cls: type[T]) -> type[T]:
     """A class whose async methods Ctrl-C does not interrupt half-way: what they have read would be lost."""
     for member in vars(cls).values():
-        if inspect.iscoroutinefunction(member):
+        if inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member):
             enable_ki_protection(member)
     return cls
 
@@ -74,14 +79,17 @@ class Turn:
     """Who may use a file: one task at a time, in the order they came.
 
     Attributes:
-        credit: how many more calls the buffer may serve. 0 while a task has the turn, and once the file is closed.
+        served: how many calls there have been, more or less: it changes whenever somebody has used the file.
+        limit: the buffer may serve calls until there have been so many. 0 while a task has the turn, and once the file
+            is closed.
     """
 
-    __slots__ = ("_closed", "_left", "_queue", "_taken", "credit")
+    __slots__ = ("_closed", "_limit", "_queue", "_since", "_taken", "limit", "served")
 
     def __init__(self) -> None:
-        self.credit = CALLS_PER_CHECKPOINT
-        self._left = 0
+        self.served = 0
+        self._since = monotonic()
+        self.limit = self._limit = CALLS_PER_CHECKPOINT
         self._taken = False
         self._closed = False
         self._queue: ParkingLot | None = None
@@ -95,11 +103,19 @@ class Turn:
 
     def take(self) -> bool:
         """Takes the turn, if nobody has it and no checkpoint is due."""
-        if not self.credit:
+        if self.served >= self.limit and not self.extend():
             return False
+        self.served += 1
         self._taken = True
-        self._left = self.credit - 1
-        self.credit = 0
+        self._limit = self.limit
+        self.limit = 0
+        return True
+
+    def extend(self) -> bool:
+        """Lets the buffer serve more calls, if the last checkpoint was not long ago."""
+        if self._taken or self._closed or monotonic() - self._since > CHECKPOINT_SECONDS:
+            return False
+        self.limit = self.served + CALLS_PER_CHECKPOINT
         return True
 
     async def wait(self) -> None:
@@ -110,8 +126,9 @@ class Turn:
             if self._queue is None:
                 self._queue = ParkingLot()
             await self._queue.park()
+        self.served += 1
         self._taken = True
-        self.credit = 0
+        self.limit = 0
         self.renew()
 
     def give_up(self) -> None:
@@ -120,11 +137,12 @@ class Turn:
             self._queue.unpark()
         else:
             self._taken = False
-            self.credit = 0 if self._closed else self._left
+            self.limit = 0 if self._closed else self._limit
 
     def renew(self) -> None:
-        """The task that has the turn has made a checkpoint."""
-        self._left = CALLS_PER_CHECKPOINT
+        """The task that has the turn makes a checkpoint."""
+        self._since = monotonic()
+        self._limit = self.served + CALLS_PER_CHECKPOINT
 
     async def checkpoint(self) -> None:
         """A checkpoint for the task that has the turn."""
@@ -134,7 +152,8 @@ class Turn:
     def close(self) -> None:
         """Nothing is served from the buffer any more."""
         self._closed = True
-        self.credit = 0
+        self.served += 1
+        self.limit = 0
 
 
 def _size_of(data: Buffer) -> int:
@@ -164,6 +183,22 @@ def _from(buffer: Buffer, start: int) -> Buffer:
 def as_size(size: int | None) -> int:
     """How much to read; -1 is everything."""
     return -1 if size is None else index(size)
+
+
+def _begun(lines: AsyncGenerator[T, None]) -> AsyncIterator[T]:
+    """The generator after its first value. An async generator costs a loop half of what a coroutine for each line does.
+
+    The run is not told of it: nothing has to be awaited when a loop is left early, so nobody need close it.
+    """
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, None)
+    try:
+        lines.__anext__().send(None)
+    except StopIteration:
+        return lines
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+    raise AssertionError("the first value is there without waiting")
 
 
 class Reading:
@@ -219,7 +254,8 @@ class AsyncFile(trio.abc.AsyncResource):
     the task that reads gets `trio.ClosedResourceError`.
 
     **Checkpoints.** Every async method is one, with an exception: a call that the buffer can serve (a line that has
-    been read already, a small write) returns at once, as often as 100 times in a row.
+    been read already, a small write) returns at once. The first of every hundred looks at the clock: if the last
+    checkpoint was more than a millisecond ago, it is one.
 
     **Cancelling.** A cancelled read loses nothing: what had come is there for the next one, on a pipe, too. A cancelled
     write has taken nothing of its data. If a part of it is in the file already it is not cancelled any more: the buffer
@@ -341,14 +377,20 @@ class AsyncFile(trio.abc.AsyncResource):
             raw._close()
         await checkpoint_if_cancelled()
 
-    def __aiter__(self) -> Self:
-        return self
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return _begun(self._lines())
 
     async def __anext__(self) -> Any:
         line = await self.readline()
         if line:
             return line
         raise StopAsyncIteration
+
+    async def _lines(self) -> AsyncGenerator[Any, None]:
+        """First None, then the lines."""
+        yield None
+        while line := await self.readline():
+            yield line
 
     @property
     def closed(self) -> bool:
@@ -858,8 +900,8 @@ class Buffered(AsyncFile):
         """Reads ``size`` bytes, fewer only at the end of the file; without a size everything up to the end."""
         size = as_size(size)
         turn = self._turn
-        if 0 <= size <= self._unread and turn.credit:
-            turn.credit -= 1
+        if 0 <= size <= self._unread and turn.served < turn.limit:
+            turn.served += 1
             self._unread -= size
             return self._window.read(size)
         self._check_open("read")
@@ -889,10 +931,10 @@ class Buffered(AsyncFile):
         """Reads a line, of at most ``size`` bytes. Empty at the end of the file."""
         limit = as_size(size)
         turn = self._turn
-        if turn.credit:
+        if turn.served < turn.limit:
             line = self._line_of_window(limit)
             if line:
-                turn.credit -= 1
+                turn.served += 1
                 return line
         self._check_open("readline")
         if not turn.take():
@@ -900,19 +942,25 @@ class Buffered(AsyncFile):
         with Reading(self, turn):
             return await self._readline(limit)
 
-    async def __anext__(self) -> bytes:
+    async def _lines(self) -> AsyncGenerator[bytes | None, None]:
+        yield None
         turn = self._turn
-        if turn.credit:
-            line = self._window.readline()
-            if line and line[-1] == _NEWLINE:
-                turn.credit -= 1
-                self._unread -= len(line)
-                return line
-            self._window.seek(-len(line), os.SEEK_CUR)
-        line = await self.readline()
-        if line:
-            return line
-        raise StopAsyncIteration
+        while True:
+            window = self._window
+            ready = window.getvalue().count(b"\n", window.tell())
+            if ready and (turn.served < turn.limit or turn.extend()):
+                ready = min(ready, turn.limit - turn.served)
+                turn.served = mark = turn.served + ready
+                for line in islice(window, ready):
+                    self._unread -= len(line)
+                    yield line
+                    if turn.served != mark:  # somebody else has used the file
+                        break
+            else:
+                line = await self.readline()
+                if not line:
+                    return
+                yield line
 
     def _line_of_window(self, limit: int) -> bytes:
         """A whole line, or as much of it as may be; else nothing."""
@@ -1067,8 +1115,8 @@ class Buffered(AsyncFile):
         """Writes ``data`` to the buffer, and the buffer to the file when it is full; returns the size of ``data``."""
         turn = self._turn
         size = len(data) if type(data) is bytes else _size_of(data)
-        if turn.credit and self._pending_size + size <= self._size:
-            turn.credit -= 1
+        if turn.served < turn.limit and self._pending_size + size <= self._size:
+            turn.served += 1
             self._take(data)
             return size
         self._check_open("write")

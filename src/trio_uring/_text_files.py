@@ -18,12 +18,13 @@ import codecs
 import io
 import os
 import struct
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from ._binary_files import AsyncFile, Buffered, Reading, Turn, _Detached, as_size, lines_of, protected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Iterator
 
     from ._binary_files import RawFile
 
@@ -78,6 +79,9 @@ class _ExoticLines:
         self._position = len(self._text) if size < 0 else min(start + size, len(self._text))
         return self._text[start : self._position]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readline, "")
+
     def readline(self, limit: int = -1) -> str:
         found = self._text.find(self._end, self._position)
         size = -1 if found < 0 else found + len(self._end) - self._position
@@ -106,7 +110,6 @@ class TextFile(AsyncFile):
         "_line_ends",
         "_log",
         "_mode",
-        "_next_line",
         "_settings",
     )
 
@@ -118,7 +121,7 @@ class TextFile(AsyncFile):
         self._mode = mode
         codec = codecs.lookup(settings.encoding)
         newline = settings.newline
-        self._line_ends: str | tuple[str, ...] = ("\n", "\r") if newline == "" else newline or "\n"
+        self._line_ends: Any = ("\n", "\r") if newline == "" else newline or "\n"
         self._decoder: Any = None
         if buffer.readable():
             assert codec.incrementaldecoder is not None
@@ -196,10 +199,10 @@ class TextFile(AsyncFile):
         """Reads ``size`` characters, fewer only at the end of the file; without a size everything up to the end."""
         size = as_size(size)
         turn = self._turn
-        if size >= 0 and turn.credit:
+        if size >= 0 and turn.served < turn.limit:
             text: str = self._chars.read(size)
             if text and len(text) == size:
-                turn.credit -= 1
+                turn.served += 1
                 return text
             self._chars.seek(self._chars.tell() - len(text))
         self._check_readable()
@@ -212,10 +215,10 @@ class TextFile(AsyncFile):
         """Reads a line, of at most ``size`` characters. Empty at the end of the file."""
         limit = as_size(size)
         turn = self._turn
-        if turn.credit:
+        if turn.served < turn.limit:
             line = self._line_of_chunk(limit)
             if line:
-                turn.credit -= 1
+                turn.served += 1
                 return line
         self._check_readable()
         if not turn.take():
@@ -223,19 +226,33 @@ class TextFile(AsyncFile):
         with Reading(self, turn):
             return await self._readline(limit)
 
-    async def __anext__(self) -> str:
+    async def _lines(self) -> AsyncGenerator[str | None, None]:
+        yield None
         turn = self._turn
-        if turn.credit:
-            line = self._next_line()
-            if line:
-                if line.endswith(self._line_ends):
-                    turn.credit -= 1
-                    return line
-                self._chars.seek(self._chars.tell() - len(line))
-        line = await self.readline()
-        if line:
-            return line
-        raise StopAsyncIteration
+        while True:
+            chars = self._chars
+            ready = self._lines_in_chunk()
+            if ready and (turn.served < turn.limit or turn.extend()):
+                ready = min(ready, turn.limit - turn.served)
+                turn.served = mark = turn.served + ready
+                for line in islice(chars, ready):
+                    yield line
+                    if turn.served != mark:  # somebody else has used the file
+                        break
+            else:
+                line = await self.readline()
+                if not line:
+                    return
+                yield line
+
+    def _lines_in_chunk(self) -> int:
+        """How many whole lines there are to come."""
+        if self._chunk is None:
+            return 0
+        count, start = self._chunk.text.count, self._chars.tell()
+        if self._settings.newline == "":
+            return count("\n", start) + count("\r", start) - count("\r\n", start)
+        return count(self._line_ends, start)
 
     def _line_of_chunk(self, limit: int) -> str:
         """A whole line, or as much of it as may be; else nothing."""
@@ -255,7 +272,6 @@ class TextFile(AsyncFile):
             self._chars: Any = _ExoticLines(text, newline)
         else:
             self._chars = io.StringIO(text, "" if newline == "" else "\n")
-        self._next_line: Callable[[], str] = self._chars.readline
 
     async def _fetch(self, hint: int = 0) -> bool:
         """Gets the next chunk; False at the end of the file."""
@@ -348,11 +364,11 @@ class TextFile(AsyncFile):
         flush = self._settings.line_buffering and ("\n" in text or "\r" in text)
         if self._settings.newline in ("\r", "\r\n"):
             text = text.replace("\n", self._settings.newline)
-        if turn.credit and not flush and size <= buffer._room:
+        if turn.served < turn.limit and not flush and size <= buffer._room:
             state = encoder.getstate()
             data = encoder.encode(text)
             if len(data) <= buffer._room:
-                turn.credit -= 1
+                turn.served += 1
                 buffer._take(data)
                 self._forget_chunk()
                 return size

@@ -1184,6 +1184,13 @@ METHODS: dict[str, Callable[[Any], Awaitable[Any]]] = {
 }
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short ago the last checkpoint was, the buffer serves no more calls than it may in a row."""
+    monkeypatch.setattr(_binary_files, "CHECKPOINT_SECONDS", -1)
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(("mode", "buffering"), [("r+b", 0), ("r+b", -1), ("r+", -1)])
 @pytest.mark.parametrize("name", METHODS)
 async def test_every_method_is_a_checkpoint(bench: Bench, name: str, mode: str, buffering: int) -> None:
@@ -1276,6 +1283,7 @@ class _Steps(trio.abc.Instrument):
         self.steps += task is self.task
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("mode", ["r", "rb"])
 async def test_the_buffer_serves_so_many_calls_in_a_row(bench: Bench, mode: str) -> None:
     path = bench.path(b"x\n" * 1000)
@@ -1299,6 +1307,7 @@ async def test_the_buffer_serves_so_many_calls_in_a_row(bench: Bench, mode: str)
             trio.lowlevel.remove_instrument(counter)
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_the_buffer_takes_so_many_writes_in_a_row(bench: Bench) -> None:
     for mode, data in (("w", "x"), ("wb", b"x")):
         async with await open_file(bench.path(), mode) as file:
@@ -1310,6 +1319,62 @@ async def test_the_buffer_takes_so_many_writes_in_a_row(bench: Bench) -> None:
             await file.write(data)
             assert counter.steps == 1
             trio.lowlevel.remove_instrument(counter)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("mode", ["r", "rb"])
+async def test_a_loop_over_lines_lets_others_run_and_can_be_cancelled(bench: Bench, mode: str) -> None:
+    async with await open_file(bench.path(b"x\n" * 1000), mode) as file:
+        counter = _Steps()
+        trio.lowlevel.add_instrument(counter)
+        lines = 0
+        with trio.CancelScope() as scope:
+            async for _ in file:
+                lines += 1
+                if lines == 550:
+                    scope.cancel()
+        trio.lowlevel.remove_instrument(counter)
+        assert scope.cancelled_caught
+        assert 550 <= lines <= 551 + CALLS_PER_CHECKPOINT
+        assert counter.steps >= 5
+        assert len(await file.read()) == 2 * (1000 - lines)
+
+
+@pytest.mark.parametrize("newline", [None, "", "\r", "\r\n"])
+async def test_a_loop_over_lines_sees_what_else_is_done_with_the_file(bench: Bench, newline: str | None) -> None:
+    content = b"".join(b"%d\r\n" % n for n in range(500))
+    for mode in ("r", "rb", "r+"):
+        text = None if "b" in mode else newline
+        with open(bench.path(content), mode, newline=text) as expected:
+            async with await open_file(bench.path(content), mode, newline=text) as file:
+                for number in range(3):
+                    async for line in file:
+                        assert line == expected.readline()
+                        assert await file.tell() == expected.tell()
+                        if number == 0:
+                            assert await file.read(3) == expected.read(3)
+                        elif number == 1:
+                            assert await file.__anext__() == expected.readline()
+                        elif await file.tell() > 1000:
+                            await file.seek(0)
+                            break
+                        if await file.tell() > 2000:
+                            break
+                    expected.seek(await file.tell())
+                async for _ in file:
+                    await file.aclose()
+                    with pytest.raises(ValueError, match="closed file"):
+                        await file.__anext__()
+                    break
+
+
+async def test_leaving_a_loop_over_lines_early_is_nothing_to_warn_of(bench: Bench) -> None:
+    async with await open_file(bench.path(b"1\n2\n3\n")) as file:
+        async for line in file:
+            assert line == "1\n"
+            break
+        gc.collect()
+        assert [line async for line in file] == ["2\n", "3\n"]
 
 
 # Several tasks
