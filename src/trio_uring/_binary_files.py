@@ -945,22 +945,30 @@ class Buffered(AsyncFile):
     async def _lines(self) -> AsyncGenerator[bytes | None, None]:
         yield None
         turn = self._turn
+        ready = 0  # how many whole lines there are, while nobody else uses the file
         while True:
-            window = self._window
-            ready = window.getvalue().count(b"\n", window.tell())
+            ready = ready or self._lines_in_window()
             if ready and (turn.served < turn.limit or turn.extend()):
-                ready = min(ready, turn.limit - turn.served)
-                turn.served = mark = turn.served + ready
-                for line in islice(window, ready):
+                batch = min(ready, turn.limit - turn.served)
+                turn.served = mark = turn.served + batch
+                for line in islice(self._window, batch):
                     self._unread -= len(line)
                     yield line
-                    if turn.served != mark:  # somebody else has used the file
+                    if turn.served != mark:
+                        ready = 0
                         break
+                else:
+                    ready -= batch
             else:
+                ready = 0
                 line = await self.readline()
                 if not line:
                     return
                 yield line
+
+    def _lines_in_window(self) -> int:
+        """How many whole lines there are to come."""
+        return self._window.getvalue().count(b"\n", self._window.tell())
 
     def _line_of_window(self, limit: int) -> bytes:
         """A whole line, or as much of it as may be; else nothing."""

@@ -229,17 +229,21 @@ class TextFile(AsyncFile):
     async def _lines(self) -> AsyncGenerator[str | None, None]:
         yield None
         turn = self._turn
+        ready = 0  # how many whole lines there are, while nobody else uses the file
         while True:
-            chars = self._chars
-            ready = self._lines_in_chunk()
+            ready = ready or self._lines_in_chunk()
             if ready and (turn.served < turn.limit or turn.extend()):
-                ready = min(ready, turn.limit - turn.served)
-                turn.served = mark = turn.served + ready
-                for line in islice(chars, ready):
+                batch = min(ready, turn.limit - turn.served)
+                turn.served = mark = turn.served + batch
+                for line in islice(self._chars, batch):
                     yield line
-                    if turn.served != mark:  # somebody else has used the file
+                    if turn.served != mark:
+                        ready = 0
                         break
+                else:
+                    ready -= batch
             else:
+                ready = 0
                 line = await self.readline()
                 if not line:
                     return
