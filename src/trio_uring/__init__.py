@@ -9,6 +9,7 @@ from ._errors import FallbackWarning, RingError, UnavailableError, UnsupportedOp
 from ._files import aligned_buffer, open_file
 from ._mount import install, run, statistics, uninstall
 from ._ring import Capabilities, RingConfig, capabilities, is_available, why_not
+from ._whole_files import read_file, write_file
 
 __all__ = [
     "AsyncFile",
@@ -25,8 +26,10 @@ __all__ = [
     "is_available",
     "lowlevel",
     "open_file",
+    "read_file",
     "run",
     "statistics",
     "uninstall",
     "why_not",
+    "write_file",
 ]

@@ -27,7 +27,7 @@ LAYERS: Final = (
     {"_batch"},
     {"_binary_files"},
     {"_text_files"},
-    {"_files", "_socket"},
+    {"_files", "_socket", "_whole_files"},
     {"_path"},
     {"_net"},
     {"lowlevel", "testing", "socket", "anyio", "pytest_plugin"},
