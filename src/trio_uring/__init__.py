@@ -9,12 +9,13 @@ from ._errors import FallbackWarning, RingError, UnavailableError, UnsupportedOp
 from ._files import aligned_buffer, open_file
 from ._mount import install, run, statistics, uninstall
 from ._ring import Capabilities, RingConfig, capabilities, is_available, why_not
-from ._whole_files import read_file, write_file
+from ._whole_files import FileContents, copy_file, read_file, read_files, send_file, write_file
 
 __all__ = [
     "AsyncFile",
     "Capabilities",
     "FallbackWarning",
+    "FileContents",
     "RingConfig",
     "RingError",
     "UnavailableError",
@@ -22,12 +23,15 @@ __all__ = [
     "UringStatistics",
     "aligned_buffer",
     "capabilities",
+    "copy_file",
     "install",
     "is_available",
     "lowlevel",
     "open_file",
     "read_file",
+    "read_files",
     "run",
+    "send_file",
     "statistics",
     "uninstall",
     "why_not",

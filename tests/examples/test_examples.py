@@ -96,6 +96,22 @@ def test_cat_when_nobody_reads_any_more() -> None:
         assert process.stderr.read() == b""
 
 
+def test_cp(tmp_path: Path) -> None:
+    first, second, target = tmp_path / "first", tmp_path / "second", tmp_path / "target"
+    first.write_bytes(bytes(5_000_000))
+    second.write_bytes(b"x")
+    second.chmod(0o755)
+    target.mkdir()
+    output = python("examples/cp.py", *map(str, (first, second, target)))
+    assert re.search(r"first: 100%.*4\.77M/4\.77M", output)
+    assert re.search(r"second: 100%", output)
+    assert (target / "first").read_bytes() == first.read_bytes()
+    assert (target / "second").stat().st_mode == second.stat().st_mode
+    output = python("examples/cp.py", "-q", str(tmp_path / "missing"), str(first), str(target), status=1)
+    assert output == f"cp: [Errno 2] No such file or directory: '{tmp_path / 'missing'}'\n"
+    assert "TRIO_URING switches io_uring off" in python("examples/cp.py", str(first), str(target), ring="off", status=1)
+
+
 @pytest.mark.parametrize("place", BLOCKS)
 def test_block(place: str, tmp_path: Path) -> None:
     script = tmp_path / "block.py"
@@ -107,7 +123,10 @@ def test_blocks_are_found_in_both_formats() -> None:
     assert {"README.md", "index.rst"} <= {place.partition(":")[0] for place in BLOCKS}
 
 
-@pytest.mark.parametrize("name", ["reads", "files", "batch", "multishot", "pyaio", "idle_tick", "echo", "cancel"])
+BENCHMARKS = ("reads", "files", "whole_files", "batch", "multishot", "pyaio", "idle_tick", "echo", "cancel")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark_runs(name: str) -> None:
     assert name in python("-m", "benchmarks", name, "--rounds", "2")
 
