@@ -7,8 +7,10 @@ from ._binary_files import AsyncFile
 from ._core import UringStatistics
 from ._errors import FallbackWarning, RingError, UnavailableError, UnsupportedOperation
 from ._files import aligned_buffer, open_file
-from ._mount import install, run, statistics, uninstall
+from ._mount import run, statistics
+from ._path import Path
 from ._ring import Capabilities, RingConfig, capabilities, is_available, why_not
+from ._routes import install, uninstall
 from ._whole_files import FileContents, copy_file, read_file, read_files, send_file, write_file
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Capabilities",
     "FallbackWarning",
     "FileContents",
+    "Path",
     "RingConfig",
     "RingError",
     "UnavailableError",

@@ -911,6 +911,12 @@ class _ThisThread(threading.local):
 _this_thread: Final = _ThisThread()
 
 
+def on_ring() -> bool:
+    """Is the caller a task of a run that has a ring?"""
+    found: object = _this_thread.manager
+    return found is not _no_manager and trio.lowlevel.in_trio_task()
+
+
 def close_left_over() -> None:
     """Closes this thread's manager, if there is one: trio begins no second run in a thread, so its own never began."""
     if isinstance(_this_thread.manager, UringIOManager):

@@ -1,6 +1,6 @@
 """The only file that touches trio's private names.
 
-Three things need them, and each is checked here, at import, with a way round behind it:
+Three things need them for a run, and each is checked here, at import, with a way round behind it:
 
 * *the native mount*: trio has no hook for an I/O manager; ``setup_runner`` calls the module global
   ``TheIOManager``. If that has changed, `NATIVE_PROBLEM` says so and runs stay on trio's own manager.
@@ -13,7 +13,8 @@ Three things need them, and each is checked here, at import, with a way round be
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+import pathlib
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import outcome
 import trio
@@ -101,3 +102,11 @@ NATIVE_PROBLEM: Final = _native_problem()
 
 wake: Final[Callable[[Task, object], None]] = _wake_directly if _reschedule_is_known() else _wake_publicly
 """Wakes a parked task. It is sent the value bare or in an `outcome.Value`; an `outcome.Error` as it is."""
+
+
+class ThreadPath(trio.Path, pathlib.PurePosixPath):
+    """`trio.Path` as a base class: its own two subclasses are final, and they say what its methods call in a thread."""
+
+    __slots__ = ()
+
+    _wrapped_cls: ClassVar[type[pathlib.Path]] = pathlib.PosixPath

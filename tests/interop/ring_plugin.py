@@ -1,4 +1,5 @@
-"""A pytest plugin for trio's own test suite: puts every run on the ring, and writes down how each test ended.
+"""A pytest plugin for trio's own test suite: puts every run, and its files, on the ring, and writes down how each test
+ended.
 
 Environment: RESULTS names the JSON file to write; RING=1 asks for the ring.
 """
@@ -14,19 +15,35 @@ from typing import TYPE_CHECKING, Any
 import trio._core._run as trio_run
 
 import trio_uring
+from trio_uring import _routes
 from trio_uring._core import UringIOManager
+from trio_uring._path import RING_METHODS
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     import pytest
 
 _outcomes: dict[str, str] = {}
 _managers: collections.Counter[str] = collections.Counter()
+_files: collections.Counter[str] = collections.Counter()
+
+
+def _counted(name: str, function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def counted(*args: Any, **kwargs: Any) -> Any:
+        _files[name] += 1
+        return await function(*args, **kwargs)
+
+    return counted
 
 
 def pytest_configure() -> None:
-    """Installs the ring, and counts the class of every run's I/O manager."""
+    """Installs the ring, and counts the class of every run's I/O manager, and what of trio's file API came to us."""
     if os.environ["RING"] == "1":
-        trio_uring.install(trio_uring.RingConfig(mode="require"))
+        vars(_routes)["open_file"] = _counted("open_file", trio_uring.open_file)
+        for name, method in RING_METHODS.items():
+            RING_METHODS[name] = _counted(f"Path.{name}", method)
+        trio_uring.install(trio_uring.RingConfig(mode="require"), files=True)
     setup_runner = trio_run.setup_runner
 
     def counting_setup_runner(*args: Any, **kwargs: Any) -> Any:
@@ -46,5 +63,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish() -> None:
     """Writes the results."""
-    results = {"outcomes": _outcomes, "managers": _managers}
+    results = {"outcomes": _outcomes, "managers": _managers, "files": _files}
     Path(os.environ["RESULTS"]).write_text(json.dumps(results))

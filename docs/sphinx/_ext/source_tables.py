@@ -2,17 +2,21 @@
 
 ``.. operation-table::``   `trio_uring.lowlevel.TABLE`
 ``.. multishot-table::``   `trio_uring.lowlevel.MULTISHOT`
+``.. path-table::``        the methods of `trio_uring.Path` that do I/O, and where they do it
 ``.. state-table::``       the states of an operation, and what can happen in each
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
-from trio_uring import _cancel
+from trio_uring import Path, _cancel
+from trio_uring._path import RING_METHODS
 from trio_uring.lowlevel import MULTISHOT, TABLE, Kind
 
 if TYPE_CHECKING:
@@ -76,6 +80,25 @@ class MultishotTable(SphinxDirective):
         )
 
 
+class PathTable(SphinxDirective):
+    """Each async method of `trio_uring.Path`: with which operations the ring does it, or that a thread does."""
+
+    def run(self) -> list[nodes.Node]:
+        rows = []
+        for name, method in inspect.getmembers(Path, inspect.iscoroutinefunction):
+            if name in RING_METHODS:
+                opcodes = re.findall(r"IORING_OP_(\w+)", inspect.getdoc(method) or "")
+                done = "on the ring: " + ", ".join(f"``{opcode}``" for opcode in opcodes) if opcodes else "nothing to do"
+                rows.append((f":meth:`~trio_uring.Path.{name}`", done))
+            else:
+                rows.append((f":meth:`~pathlib.Path.{name}`", "in a thread"))
+        return self.parse_text_to_nodes(list_table("40 60", ("method", "done"), sorted(rows, key=_ring_first)))
+
+
+def _ring_first(row: tuple[str, str]) -> bool:
+    return row[1] == "in a thread"
+
+
 class StateTable(SphinxDirective):
     """What the states mean, and each transition with the event that causes it."""
 
@@ -97,5 +120,6 @@ class StateTable(SphinxDirective):
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("operation-table", OperationTable)
     app.add_directive("multishot-table", MultishotTable)
+    app.add_directive("path-table", PathTable)
     app.add_directive("state-table", StateTable)
     return {"parallel_read_safe": True}

@@ -1,0 +1,176 @@
+"""`install` and `uninstall`: rings for runs nobody here starts, and files on them for programs that do not know us.
+
+With ``files=True`` names of trio and anyio lead here. Each of them looks, at every call, whether the caller is a task
+of a run with a ring, and else calls what stood there before; so other runs, and anyio on asyncio, have what they had.
+
+* ``trio.Path`` and ``anyio.Path`` stay the classes they are, and their methods are replaced in them. So it does not
+  matter who has imported them when, or made objects of them; ``isinstance``, pickles and subclasses are not affected.
+* ``trio.open_file`` and ``anyio.open_file`` are functions, replaced in their packages. A module that has done
+  ``from trio import open_file`` before keeps trio's, and with it threads.
+
+What trio's names return is an `AsyncFile`, which trio's class of files, being an abstract base class, is told to take
+for an instance. Users of anyio may go by what anyio's class says (arguments by keyword, ``limiter``, an ``aclose`` that
+is never cancelled), so they get a subclass of that, around an `AsyncFile`.
+
+A name is put back only where what is found there is ours: somebody may have patched it since, and may call ours from
+there. That, and a name somebody has kept, does from then on what stood there before.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import io
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from . import _mount
+from ._binary_files import AsyncFile
+from ._core import on_ring
+from ._files import open_file
+from ._path import RING_METHODS, Path, ring_or
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ._ring import RingConfig
+
+_lock: Final = threading.Lock()
+_routes: Final[list[_Route]] = []
+
+
+class _Route:
+    """A name of somebody else's that leads here."""
+
+    def __init__(self, owner: Any, name: str, ours: Callable[..., Awaitable[Any]]) -> None:
+        self._owner = owner
+        self._name = name
+        self._open = True
+        self._stock = getattr(owner, name)
+        self._routed = functools.wraps(self._stock)(ring_or(self._stock, ours, self._wanted))
+        setattr(owner, name, self._routed)
+
+    def close(self) -> None:
+        self._open = False
+        if vars(self._owner).get(self._name) is self._routed:
+            setattr(self._owner, self._name, self._stock)
+
+    def _wanted(self) -> bool:
+        return self._open and on_ring()
+
+
+# For anyio
+
+
+@functools.cache
+def _anyio_file_class() -> Any:
+    """anyio is imported by those who have it."""
+    import anyio
+
+    class RingFile(anyio.AsyncFile[Any]):
+        """anyio's file, around an `AsyncFile` instead of a file object."""
+
+        def __aiter__(self) -> Any:
+            file: Any = self.wrapped
+            return aiter(file)
+
+        async def aclose(self) -> None:
+            file: Any = self.wrapped
+            with trio.CancelScope(shield=True):
+                await file.aclose()
+
+    def forwarding(name: str, method: Any) -> Any:
+        signature = inspect.signature(method)
+
+        @functools.wraps(method)
+        async def forward(self: RingFile, *args: Any, **kwargs: Any) -> Any:
+            if kwargs:
+                args = signature.bind(self, *args, **kwargs).args[1:]
+            return await getattr(self.wrapped, name)(*args)
+
+        return forward
+
+    for name, method in vars(anyio.AsyncFile).items():
+        if inspect.iscoroutinefunction(method) and name not in vars(RingFile):
+            setattr(RingFile, name, forwarding(name, method))
+    return RingFile
+
+
+def _anyio_file(file: AsyncFile, limiter: object) -> Any:
+    cls = _anyio_file_class()
+    return cls(file) if limiter is None else cls(file, limiter=limiter)
+
+
+async def _open_for_anyio(*args: Any, limiter: object = None, **kwargs: Any) -> Any:
+    """`open_file` with the signature of anyio's. There is no thread to be limited."""
+    return _anyio_file(await open_file(*args, **kwargs), limiter)
+
+
+def _for_anyio(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """A method of `Path` for an `anyio.Path`."""
+
+    async def on_anyio_path(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = await method(Path(self), *args, **kwargs)
+        limiter = getattr(self, "limiter", None)  # which a path has since anyio 4.14
+        if isinstance(result, AsyncFile):
+            return _anyio_file(result, limiter)
+        if isinstance(result, Path):
+            return type(self)(result) if limiter is None else type(self)(result, limiter=limiter)
+        return result
+
+    return on_anyio_path
+
+
+def _open_routes() -> None:
+    type(trio.wrap_file(io.BytesIO())).register(AsyncFile)
+    _routes.append(_Route(trio, "open_file", open_file))
+    _routes.extend(_Route(trio.Path, name, method) for name, method in RING_METHODS.items())
+    try:
+        import anyio
+    except ImportError:
+        return
+    _routes.append(_Route(anyio, "open_file", _open_for_anyio))
+    _routes.extend(
+        _Route(anyio.Path, name, _for_anyio(method))
+        for name, method in RING_METHODS.items()
+        if name in vars(anyio.Path)
+    )
+
+
+def _close_routes() -> None:
+    while _routes:
+        _routes.pop().close()
+
+
+def install(config: RingConfig | None = None, *, files: bool = False) -> None:
+    """Gives a ring to every later run of this process, however it is started.
+
+    That is `trio.run`, `trio.lowlevel.start_guest_run`, ``anyio.run(backend="trio")`` and whatever calls them.
+    Runs that are under way keep what they have. Calling it again replaces the configuration.
+
+    Args:
+        config: see `RingConfig`.
+        files: puts the files of programs that do not know this package on the ring: in runs that have one,
+            ``trio.open_file``, ``anyio.open_file`` and the methods of ``trio.Path`` and ``anyio.Path`` do what
+            `open_file` and `Path` do. Everywhere else they do what they always did.
+
+    Raises:
+        UnavailableError: ``mode`` is ``"require"`` and this trio cannot be mounted on.
+    """
+    _mount.install(config)
+    with _lock:
+        _close_routes()
+        if files:
+            _open_routes()
+
+
+def uninstall() -> None:
+    """Undoes `install`: later runs get trio's own I/O manager again, and files trio's and anyio's own functions.
+
+    Does nothing if nothing is installed.
+    """
+    _mount.uninstall()
+    with _lock:
+        _close_routes()
