@@ -187,7 +187,7 @@ def _told(result: Any, directory: str) -> Any:
         names = [os.fspath(name) for name in (result.filename, result.filename2) if name is not None]
         return type(result).__name__, result.errno, [name.replace(directory, "") for name in names]
     if isinstance(result, Exception):
-        return type(result).__name__, str(result)
+        return type(result).__name__  # what it says is Python's and changes
     if isinstance(result, os.stat_result):
         return stat.S_IFMT(result.st_mode), result.st_mode, result.st_nlink, result.st_uid, result.st_gid
     if isinstance(result, pathlib.PurePath):

@@ -112,6 +112,34 @@ def test_cp(tmp_path: Path) -> None:
     assert "TRIO_URING switches io_uring off" in python("examples/cp.py", str(first), str(target), ring="off", status=1)
 
 
+def test_checksum_tree(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for name in (
+        "empty",
+        "a/small",
+        "a/b/large",
+        "with space",
+        "new\nline",
+        "back\\slash",
+        "\xfc",
+        os.fsdecode(b"\xff"),
+    ):
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.urandom({"empty": 0, "large": 3_000_000}.get(path.name, 100)))
+    (tree / "link").symlink_to("a/small")
+    os.mkfifo(tree / "fifo")
+    sums = tmp_path / "sums"
+    with sums.open("wb") as file:
+        subprocess.run([sys.executable, "examples/checksum_tree.py", tree], check=True, cwd=ROOT, stdout=file)
+    assert len(sums.read_bytes().splitlines()) == 8
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", sums], check=True)
+
+
+def test_checksum_tree_says_what_it_cannot_read(tmp_path: Path) -> None:
+    assert "No such file or directory" in python("examples/checksum_tree.py", str(tmp_path / "missing"), status=1)
+
+
 @pytest.mark.parametrize("place", BLOCKS)
 def test_block(place: str, tmp_path: Path) -> None:
     script = tmp_path / "block.py"
