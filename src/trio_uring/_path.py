@@ -381,8 +381,6 @@ class Path(ThreadPath):
                 here = await statx(self, flags=_AT_SYMLINK_NOFOLLOW)
             except (OSError, ValueError):
                 return False
-            if stat.S_ISLNK(here.st_mode):
-                return False
             try:
                 above = await statx(f"{self}/.." if stat.S_ISDIR(here.st_mode) else self.parent)
             except PermissionError:  # a directory that must not be searched; its parent has to be found by name
@@ -424,16 +422,14 @@ class Path(ThreadPath):
             OSError: as `os.mkdir`.
         """
         lacking: list[Path] = []
-        path: Path = self
-        while True:
+        for path in (self, *self.parents):
             try:
                 await _make_directory(path, 0o777 if lacking else mode, exist_ok or bool(lacking))
                 break
             except FileNotFoundError:
-                if not parents or path.parent == path:
+                if not parents:
                     raise
                 lacking.append(path)
-                path = path.parent
         while lacking:
             path = lacking.pop()
             await _make_directory(path, 0o777 if lacking else mode, exist_ok or bool(lacking))

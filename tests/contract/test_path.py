@@ -280,6 +280,37 @@ async def test_whatever_is_mounted() -> None:
         assert await Path(mount).is_mount() == pathlib.Path(mount).is_mount()
 
 
+@pytest.mark.parametrize("mask", [0, 0o027])
+@pytest.mark.parametrize("mode", [None, 0o700, 0o1750, 0o000])
+async def test_modes(mode: int | None, mask: int, tmp_path: pathlib.Path) -> None:
+    modes: dict[str, Any] = {} if mode is None else {"mode": mode}
+    with umask(mask):
+        for place, cls in (("here", Path), ("there", pathlib.Path)):
+            (tmp_path / place).mkdir()
+            for method, keywords in (("mkdir", {"parents": True}), ("touch", {})):
+                result = getattr(cls(tmp_path, place, "a/b" if method == "mkdir" else "c"), method)(**keywords, **modes)
+                if inspect.isawaitable(result):
+                    await result
+            await Path(tmp_path, place, "d").write_bytes(b"")
+    assert [each[1] for each in tree(tmp_path / "here")] == [each[1] for each in tree(tmp_path / "there")]
+
+
+def test_making_directories_where_there_is_no_directory() -> None:
+    """The current one is gone, so there is nothing to begin with."""
+    history: list[Any] = [(name, "mkdir", (), {"parents": True}) for name in ("a", "a/b")]
+
+    def ask() -> tuple[list[Any], list[Any]]:
+        with tempfile.TemporaryDirectory() as directory:
+            os.chdir(directory)
+            os.rmdir(directory)
+            os.mkdir(directory)  # for the context manager
+            return run_native(_history, Path, "", history), _oracle_history("", history)
+
+    ours, pathlibs = in_child(ask)
+    assert ours == pathlibs
+    assert {told[0] for told in ours} == {"FileNotFoundError"}
+
+
 async def test_touch_sets_the_times_of_what_is_there(bench: Bench) -> None:
     path = bench.path(b"content")
     os.utime(path, (1, 1))

@@ -88,7 +88,9 @@ class PathTable(SphinxDirective):
         for name, method in inspect.getmembers(Path, inspect.iscoroutinefunction):
             if name in RING_METHODS:
                 opcodes = re.findall(r"IORING_OP_(\w+)", inspect.getdoc(method) or "")
-                done = "on the ring: " + ", ".join(f"``{opcode}``" for opcode in opcodes) if opcodes else "nothing to do"
+                done = (
+                    "on the ring: " + ", ".join(f"``{opcode}``" for opcode in opcodes) if opcodes else "nothing to do"
+                )
                 rows.append((f":meth:`~trio_uring.Path.{name}`", done))
             else:
                 rows.append((f":meth:`~pathlib.Path.{name}`", "in a thread"))
