@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from tests.helpers import MOUNTS, Bench, Mount, manager_or_none
-from trio_uring import RingConfig, _mount, _trio_internals
+from trio_uring import RingConfig, _mount, _routes, _trio_internals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,12 +120,15 @@ def _forget_run() -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(time_limit: None) -> Iterator[None]:
-    """Open fds (a ring is one), threads, children, what stands in trio's place for its I/O manager: all as before."""
+    """Open fds (a ring is one), threads, children, what stands in trio's place for its I/O manager and under its names:
+    all as before.
+    """
     if trio.lowlevel.in_trio_run():
         _forget_run()
     fds, threads, children = _open_fds(), _threads(), _children()
     yield
     assert _trio_internals.io_manager_class() is not _mount.TheIOManager, "still installed"
+    assert not _routes.routes, "names of trio still lead here"
     assert manager_or_none() is None, "a run's manager is still there"
     assert _threads() <= threads, "threads left"
     assert _children() == children, "child processes left"

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from ._ring import RingConfig
 
 _lock: Final = threading.Lock()
-_routes: Final[list[_Route]] = []
+routes: Final[list[_Route]] = []
+"""Those that are open."""
 
 
 class _Route:
@@ -125,14 +126,14 @@ def _for_anyio(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
 
 def _open_routes() -> None:
     type(trio.wrap_file(io.BytesIO())).register(AsyncFile)
-    _routes.append(_Route(trio, "open_file", open_file))
-    _routes.extend(_Route(trio.Path, name, method) for name, method in RING_METHODS.items())
+    routes.append(_Route(trio, "open_file", open_file))
+    routes.extend(_Route(trio.Path, name, method) for name, method in RING_METHODS.items())
     try:
         import anyio
     except ImportError:
         return
-    _routes.append(_Route(anyio, "open_file", _open_for_anyio))
-    _routes.extend(
+    routes.append(_Route(anyio, "open_file", _open_for_anyio))
+    routes.extend(
         _Route(anyio.Path, name, _for_anyio(method))
         for name, method in RING_METHODS.items()
         if name in vars(anyio.Path)
@@ -140,8 +141,8 @@ def _open_routes() -> None:
 
 
 def _close_routes() -> None:
-    while _routes:
-        _routes.pop().close()
+    while routes:
+        routes.pop().close()
 
 
 def install(config: RingConfig | None = None, *, files: bool = False) -> None:
