@@ -170,15 +170,19 @@ def furnish(directory: pathlib.Path) -> None:
 
 
 def tree(directory: pathlib.Path) -> list[tuple[Any, ...]]:
+    """What is below it: name, mode, number of names, and content or target."""
     found: list[tuple[Any, ...]] = []
-    for path in sorted(directory.rglob("*")):
-        status = path.lstat()
-        if path.is_symlink():
-            what: Any = os.readlink(path).replace(os.fspath(directory), "")
-        else:
-            what = path.is_file() and path.read_bytes()
-        found.append((os.fspath(path.relative_to(directory)), status.st_mode, status.st_nlink, what))
-    return found
+    for top, directories, files in os.walk(directory):
+        for name in (*directories, *files):
+            path = os.path.join(top, name)
+            status = os.lstat(path)
+            what: Any = None
+            if stat.S_ISLNK(status.st_mode):
+                what = os.readlink(path).replace(os.fspath(directory), "")
+            elif stat.S_ISREG(status.st_mode):
+                what = pathlib.Path(path).read_bytes()
+            found.append((os.path.relpath(path, directory), status.st_mode, status.st_nlink, what))
+    return sorted(found, key=repr)
 
 
 def _told(result: Any, directory: str) -> Any:
