@@ -255,7 +255,7 @@ class AsyncFile(trio.abc.AsyncResource):
 
     **Checkpoints.** Every async method is one, with an exception: a call that the buffer can serve (a line that has
     been read already, a small write) returns at once. The first of every hundred looks at the clock: if the last
-    checkpoint was more than a millisecond ago, it is one.
+    checkpoint was more than a millisecond ago, it is one. In a cancelled scope a write is cancelled all the same.
 
     **Cancelling.** A cancelled read loses nothing: what had come is there for the next one, on a pipe, too. A cancelled
     write has taken nothing of its data. If a part of it is in the file already it is not cancelled any more: the buffer
@@ -1124,6 +1124,7 @@ class Buffered(AsyncFile):
         turn = self._turn
         size = len(data) if type(data) is bytes else _size_of(data)
         if turn.served < turn.limit and self._pending_size + size <= self._size:
+            await checkpoint_if_cancelled()
             turn.served += 1
             self._take(data)
             return size

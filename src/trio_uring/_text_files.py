@@ -21,6 +21,8 @@ import struct
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
+from trio.lowlevel import checkpoint_if_cancelled
+
 from ._binary_files import AsyncFile, Buffered, Reading, Turn, _Detached, as_size, lines_of, protected
 
 if TYPE_CHECKING:
@@ -369,6 +371,7 @@ class TextFile(AsyncFile):
         if self._settings.newline in ("\r", "\r\n"):
             text = text.replace("\n", self._settings.newline)
         if turn.served < turn.limit and not flush and size <= buffer._room:
+            await checkpoint_if_cancelled()
             state = encoder.getstate()
             data = encoder.encode(text)
             if len(data) <= buffer._room:

@@ -1218,6 +1218,17 @@ async def test_every_method_is_a_checkpoint(bench: Bench, name: str, mode: str, 
                 await METHODS[name](file)
 
 
+async def test_writing_to_the_buffer_in_a_cancelled_scope(bench: Bench) -> None:
+    path = bench.path()
+    for mode, data in (("wb", b"content"), ("w", "content")):
+        async with await open_file(path, mode) as file:
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await file.write(data)
+            assert scope.cancelled_caught
+        assert path.read_bytes() == b""
+
+
 async def test_closing_in_a_cancelled_scope(bench: Bench) -> None:
     path = bench.path()
     for mode, data in (("wb", b"content"), ("w", "content")):
