@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -208,6 +209,13 @@ async def use_files(packages: tuple[Any, ...], directory: pathlib.Path) -> None:
         assert not await package.Path(directory, "nothing").exists()
 
 
+def wait_for_anyios_threads() -> None:
+    """On asyncio it tells them to end, and does not wait."""
+    for thread in threading.enumerate():
+        if thread.name == "AnyIO worker thread":
+            thread.join()
+
+
 def test_a_run_without_a_ring(tmp_path: pathlib.Path) -> None:
     with files_installed():
         trio_uring.run(use_files, (trio, anyio), tmp_path, config=WITHOUT_RING)
@@ -216,6 +224,7 @@ def test_a_run_without_a_ring(tmp_path: pathlib.Path) -> None:
 def test_anyio_on_asyncio(tmp_path: pathlib.Path) -> None:
     with files_installed():
         anyio.run(use_files, (anyio,), tmp_path, backend="asyncio")
+    wait_for_anyios_threads()
 
 
 def test_the_host_of_a_guest_run(tmp_path: pathlib.Path) -> None:
@@ -237,6 +246,7 @@ def test_the_host_of_a_guest_run(tmp_path: pathlib.Path) -> None:
 
     with files_installed():
         assert not asyncio.run(host())
+    wait_for_anyios_threads()
 
 
 def test_without_files() -> None:
