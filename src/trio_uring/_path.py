@@ -523,8 +523,12 @@ class Path(ThreadPath):
             if not exist_ok:
                 raise
         else:
-            with trio.CancelScope(shield=True):
-                await close(fd)
+            try:
+                with trio.CancelScope(shield=True):
+                    await close(fd)
+            except KeyboardInterrupt:  # so it was not closed
+                os.close(fd)
+                raise
             return
         await _touch_in_thread(Path(self), mode)
 

@@ -13,6 +13,7 @@ import resource
 import socket
 import stat
 import tempfile
+import threading
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trio_uring
-from tests.helpers import Attempt, in_child, manager, nothing_submitted, run_native
+from tests.helpers import Attempt, in_child, interrupted_at_line, manager, nothing_submitted, run_native
 from trio_uring import Path, UringStatistics
 from trio_uring._abi import Opcode
 from trio_uring._path import RING_METHODS
@@ -33,7 +34,7 @@ from trio_uring._path import RING_METHODS
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-    from tests.helpers import Bench
+    from tests.helpers import Bench, Mount
 
 NOBODY = 65534
 examples = partial(settings, deadline=None)
@@ -370,6 +371,7 @@ async def needs_a_thread(call: Callable[[], Awaitable[object]]) -> bool:
     before, limiter.total_tokens = limiter.total_tokens, 1
     me = object()
     await limiter.acquire_on_behalf_of(me)
+    threads = set(threading.enumerate())
     try:
         async with trio.open_nursery() as nursery:
             attempt = Attempt(nursery, call)
@@ -377,6 +379,7 @@ async def needs_a_thread(call: Callable[[], Awaitable[object]]) -> bool:
                 await trio.lowlevel.checkpoint()
             if attempt.done:
                 await attempt.result()
+                assert set(threading.enumerate()) <= threads
                 return False
             assert await attempt.cancel()
             return True
@@ -479,6 +482,8 @@ async def test_cancelled_or_done(name: str, tmp_path: pathlib.Path) -> None:
             attempt = Attempt(nursery, call)
             for _ in range(number % 6):
                 await trio.lowlevel.checkpoint()
+            if number % 6 == 5:
+                await attempt.settled()
             cancelled = await attempt.cancel()
         assert (tree(directory) == before) == cancelled
         outcomes.add(cancelled)
@@ -494,3 +499,34 @@ async def test_cancelled_questions_leave_no_fd(tmp_path: pathlib.Path) -> None:
                 await trio.lowlevel.checkpoint()
             for attempt in attempts:
                 await attempt.cancel()
+
+
+@pytest.mark.parametrize("name", ["exists", "touch", "open"])
+def test_interrupted_it_leaves_no_fd(mount: Mount, name: str, tmp_path: pathlib.Path) -> None:
+    """Whichever line of ours a Ctrl-C meets."""
+
+    def interrupted(n: int) -> bool:
+        lines = 0
+
+        async def main() -> None:
+            nonlocal lines
+            with interrupted_at_line(n) as stop:
+                try:
+                    await made_ready(name, tmp_path)()
+                    await trio.lowlevel.checkpoint()
+                finally:
+                    lines = stop()
+
+        try:
+            mount.run(main)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            (tmp_path / "it").unlink(missing_ok=True)
+        assert lines < n
+        return False
+
+    n = 1
+    while interrupted(n):
+        n += 7
+    assert n > 10
