@@ -6,10 +6,10 @@ one or a few operations of `trio_uring.lowlevel`, which own everything the kerne
 these methods also stands for trio's: without a ring, or on a kernel that lacks an operation, it calls that one.
 
 Metadata (`stat` and what asks for a file's type) comes from STATX, which the kernel always hands to a worker of its
-own: 38 us alone and 14 us with 64 under way, where a thread takes 120 and `os.stat` 1.1, all with the path in the
-kernel's cache. `os.stat` is not the better choice for that: with a path that is not cached it waits for a disk, and on
-a network or FUSE file system for a server, which may answer late, never, or be a task of this very run. Nothing tells
-beforehand, and all tasks wait with it. For a file that is open `os.fstat` is the better choice.
+own: 23 to 40 us alone (the cores awake, or not) and 14 us with 64 under way, where a thread takes 55 to 130 and
+`os.stat` 1.1, all with the path in the kernel's cache. `os.stat` is not the better choice for that: with a path that is
+not cached it waits for a disk, and on a network or FUSE file system for a server, which may answer late, never, or be a
+task of this very run. Nothing tells beforehand, and all tasks wait with it. For an open file `os.fstat` is better.
 
 Two questions need no metadata: whether something is there, and whether it is a directory. An open with O_PATH
 answers them (9 us alone, 6 us with 64). It completes while it is submitted if the path is cached, goes to a worker if
