@@ -41,6 +41,7 @@ import stat
 import struct
 import threading
 from collections import deque
+from functools import partial
 from itertools import islice, repeat
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
@@ -55,7 +56,7 @@ from ._file_ops import close, fsync, ftruncate, openat, read, renameat2, statx, 
 from ._other_ops import splice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
     from types import TracebackType
 
     from typing_extensions import Buffer, Self
@@ -125,8 +126,17 @@ class _Closing:
         if self._at_once or kind is GeneratorExit:  # after a crash nobody can wait
             os.close(self._fd)
         else:
-            with trio.CancelScope(shield=True):
-                await close(self._fd)
+            await _surely(partial(close, self._fd), partial(os.close, self._fd))
+
+
+async def _surely(operation: Callable[[], Awaitable[None]], plainly: Callable[[], None]) -> None:
+    """Does what has to be done, cancelled or not; if Ctrl-C forbids to wait for it, ``plainly`` and at once."""
+    try:
+        with trio.CancelScope(shield=True):
+            await operation()
+    except KeyboardInterrupt:  # so it has not been done
+        plainly()
+        raise
 
 
 # Reading
@@ -333,13 +343,21 @@ class _ClosingAll:
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is GeneratorExit:  # after a crash nobody can wait
-            for fd in self._fds:
-                os.close(fd)
+            self._close_plainly()
         elif self._fds:
-            closing = batch()
-            closing.extend(close, zip(self._fds))
-            with trio.CancelScope(shield=True):
-                await closing.run()
+            await _surely(self._close, self._close_plainly)
+
+    async def _close(self) -> None:
+        closing = batch()
+        closing.extend(close, zip(self._fds))
+        results = await closing.run()
+        ends = zip(self._fds, results, strict=True)
+        self._fds = {fd for fd, end in ends if isinstance(end, OSError) and end.errno == errno.ECANCELED}
+        self._close_plainly()  # what Ctrl-C has left
+
+    def _close_plainly(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
 
 
 async def _read_those_that_fit(opened: list[int | OSError], max_bytes: int, fds: set[int]) -> list[bytes | OSError]:
@@ -493,8 +511,8 @@ async def _replace(path: StrOrBytesPath, data: Buffer) -> int:
                 os.unlink(temporary, dir_fd=where)
                 raise
             except BaseException:
-                with trio.CancelScope(shield=True):
-                    await unlinkat(temporary, dir_fd=where)
+                remove = partial(unlinkat, temporary, dir_fd=where)
+                await _surely(remove, partial(os.unlink, temporary, dir_fd=where))
                 raise
         with trio.CancelScope(shield=True):
             await _sync_directory(where)

@@ -27,6 +27,7 @@ from tests.helpers import (
     crash,
     in_child,
     in_kernel_worker,
+    interrupted_at_line,
     nothing_submitted,
     parked,
     run_native,
@@ -1237,3 +1238,55 @@ def test_without_a_ring(bench: Bench) -> None:
     trio.run(main)
     assert path.read_bytes() == b"x"
     assert names_in(bench.directory) == [path.name]
+
+
+# Ctrl-C
+
+
+async def _read_a_few(directory: Path) -> None:
+    async for _ in read_files([*[directory / "large"] * 2, Path("/proc/self/status")]):
+        pass
+
+
+INTERRUPTED: dict[str, Callable[[Path], Awaitable[object]]] = {
+    "read_file": lambda directory: read_file(directory / "large"),
+    "read_file of /proc": lambda directory: read_file("/proc/self/status"),
+    "write_file": lambda directory: write_file(directory / "new", b"x"),
+    "write_file, atomic": lambda directory: write_file(directory / "large", b"x", atomic=True),
+    "copy_file": lambda directory: copy_file(directory / "large", directory / "new"),
+    "read_files": _read_a_few,
+}
+
+
+@pytest.mark.seconds(120)
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_interrupted_it_leaves_nothing(mount: Mount, name: str, tmp_path: Path) -> None:
+    """Whichever line of ours a Ctrl-C meets: no fd (every test looks for those), no temporary file."""
+
+    def interrupted(n: int) -> bool:
+        lines = 0
+
+        async def main() -> None:
+            nonlocal lines
+            with interrupted_at_line(n) as stop:
+                try:
+                    await INTERRUPTED[name](tmp_path)
+                    await trio.lowlevel.checkpoint()
+                finally:
+                    lines = stop()
+
+        (tmp_path / "large").write_bytes(bytes(GUESS + 1))
+        try:
+            mount.run(main)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            assert {path.name for path in tmp_path.iterdir()} <= {"large", "new"}
+            assert (tmp_path / "large").read_bytes() in (bytes(GUESS + 1), b"x")
+        assert lines < n
+        return False
+
+    n = 1
+    while interrupted(n):
+        n += 11
+    assert n > 20
