@@ -119,7 +119,8 @@ async def write(fd: int | HasFileno, data: Buffer, offset: int = -1, flags: int 
     Args:
         fd: where to write.
         data: any contiguous buffer. At most 2147479552 bytes are written in one call.
-        offset: where in the file; -1 is the file's position, which moves.
+        offset: where in the file; -1 is the file's position, which moves; but not where an error, such as a full disk,
+            cut the write short (Linux 6.18).
         flags: ``os.RWF_*``: ``RWF_DSYNC``, ``RWF_SYNC``, ``RWF_APPEND``.
     """
     return await _this_thread.manager.perform(
