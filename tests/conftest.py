@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import trio
@@ -19,9 +19,11 @@ from tests.helpers import MOUNTS, Bench, Mount, manager_or_none
 from trio_uring import RingConfig, _mount, _routes, _trio_internals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from types import FrameType
+
+T = TypeVar("T")
 
 SECONDS = 30
 _CACHED_THREAD = re.compile(r"Trio thread \d+")  # idle: at work it has the name of its job
@@ -86,6 +88,42 @@ def time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+_SOURCE = os.path.dirname(_mount.__file__)
+_TESTS = os.path.dirname(__file__)
+_MAY_USE_THREADS = {
+    os.path.join(_SOURCE, "_path.py"): {"either", "is_mount", "touch"},  # as documented; when, its own tests know
+    os.path.join(_SOURCE, "_mount.py"): {"run"},  # below everything that runs
+}
+
+
+def _uses_threads_without_need(frame: FrameType | None) -> bool:
+    """Is it our code, rather than a test's, that has something done in a thread?"""
+    while frame is not None:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if file.startswith(_TESTS):
+            return False
+        if file.startswith(_SOURCE):
+            return function not in _MAY_USE_THREADS.get(file, ())
+        frame = frame.f_back
+    return False
+
+
+@pytest.fixture(autouse=True)
+def no_thread_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ring needs no thread, and what is on the ring asks for none."""
+
+    def checked(function: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(function)
+        def check(*args: Any, **kwargs: Any) -> T:
+            assert not _uses_threads_without_need(sys._getframe(1)), "what is on the ring goes to a thread"
+            return function(*args, **kwargs)
+
+        return check
+
+    monkeypatch.setattr(threading.Thread, "start", checked(threading.Thread.start))
+    monkeypatch.setattr(trio.to_thread, "run_sync", checked(trio.to_thread.run_sync))
 
 
 def _open_fds() -> dict[int, str]:

@@ -15,7 +15,6 @@ import os
 import pty
 import stat
 import sys
-import threading
 import tty
 from contextlib import contextmanager
 from pathlib import Path
@@ -289,19 +288,6 @@ def test_outside_of_a_ring(bench: Bench) -> None:
             await open_file(path, opener=_dup(path))
 
     trio.run(main)
-
-
-async def test_no_thread_is_started(bench: Bench) -> None:
-    before = {thread.ident for thread in threading.enumerate()}
-    async with await open_file(bench.directory / "new", "w+") as file:
-        await file.write(TEXT)
-        await file.flush()
-        await file.fsync()
-        await file.seek(0)
-        assert await file.read() == TEXT
-        await file.truncate(0)
-        await file.stat()
-    assert {thread.ident for thread in threading.enumerate()} <= before
 
 
 # Reading and writing

@@ -13,7 +13,6 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,21 +58,6 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def no_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is started, other than by a guest run for itself."""
-
-    def start(thread: threading.Thread) -> None:
-        raise AssertionError(f"{thread} is started")
-
-    async def run_sync(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a call goes to a thread")
-
-    if "guest" not in request.node.name:
-        monkeypatch.setattr(threading.Thread, "start", start)
-    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
 
 
 def content_of(size: int) -> bytes:
