@@ -1147,8 +1147,9 @@ class Buffered(AsyncFile):
         if not self._pending:
             self._rewind()
         content = bytes(_from(data, start))
-        self._pending.append(content)
-        self._pending_size += len(content)
+        if content:
+            self._pending.append(content)
+            self._pending_size += len(content)
 
     async def _write(self, data: Buffer, size: int, keep: int) -> None:
         """Writes it after what is pending, or makes it so; at most ``keep`` bytes are pending at the end."""

@@ -1534,3 +1534,13 @@ def test_ctrl_c_loses_nothing(mount: Mount, bench: Bench) -> None:
         if mount.run(main, line):
             break
     assert line > 50
+
+
+async def test_a_line_that_has_gone_leaves_nothing_to_write(bench: Bench) -> None:
+    read_end, write_end = bench.pipe()
+    bench.closed(write_end)
+    file = await open_file(write_end, "w", 1)
+    await file.write("line\n")
+    async with nothing_submitted():
+        await file.aclose()
+    assert os.read(read_end, 9) == b"line\n"

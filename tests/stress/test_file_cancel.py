@@ -1,169 +1,256 @@
-"""Calls of a file, cancelled at any moment and made again: no byte is lost, none comes or goes twice."""
+"""Calls of a file are cancelled at any moment and made again: no byte is lost, none comes twice.
+
+Each round makes one call. Its peer acts before the call has begun, once it waits, or in the tick of the cancel. What
+the calls have returned is compared with what went through the pipe, or with a model of the file.
+"""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import fcntl
+import io
 import os
 import random
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.testing
 
-import trio_uring
-from tests.helpers import Attempt
+from tests.helpers import Attempt, fill, in_kernel_worker
+from trio_uring import _binary_files, _file_ops, open_file, statistics
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from tests.helpers import Bench
 
-T = TypeVar("T")
-
-open_file: Any = trio_uring.open_file
-CANCELLED = object()
-
-
-async def cut_short(
-    rng: random.Random, meanwhile: Callable[[], object], call: Callable[[], Awaitable[T]]
-) -> T | object:
-    """Makes the call, and cancels it some steps later, just after something else has happened."""
-    async with trio.open_nursery() as nursery:
-        attempt = Attempt(nursery, call)
-        for _ in range(rng.randrange(4)):
-            await trio.lowlevel.checkpoint()
-        if rng.random() < 0.5:
-            meanwhile()
-        return CANCELLED if await attempt.cancel() else attempt.value
+ROUNDS = 400
+PAGE = 4096
+LETTERS = "ab \n\n\r\néé日"
 
 
-def some_text(rng: random.Random, size: int) -> str:
-    return "".join(rng.choices("ab\n\u00e4\u20ac", (5, 5, 1, 1, 1), k=size))
+class Rounds:
+    """Calls that are cancelled, each at a moment that chance says, and how many of them were."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+        self._ends: Counter[str] = Counter()
+
+    async def play(
+        self, call: Callable[..., Awaitable[Any]], *args: object, peer: Callable[[], object] = lambda: None
+    ) -> Attempt[Any]:
+        """One round: the call has ended when it returns, cancelled or not."""
+        chance = self._chance
+        how = chance.choice(("early", "parked", "same tick", "late"))
+        async with trio.open_nursery() as nursery:
+            attempt: Attempt[Any] = Attempt(nursery, call, *args)
+            if how == "parked":
+                await trio.testing.wait_all_tasks_blocked()
+            for _ in range(chance.randrange(4)):
+                await trio.lowlevel.checkpoint()
+            if how == "same tick" and chance.randrange(2):
+                attempt.scope.cancel()
+            if how != "early":
+                peer()
+            for _ in range(chance.randrange(1, 8) if how == "late" else 0):
+                await trio.lowlevel.checkpoint()
+            attempt.scope.cancel()
+            await attempt.settled()
+        if attempt.error is not None:
+            raise attempt.error
+        self._ends["cancelled" if attempt.cancelled else "done"] += 1
+        return attempt
+
+    def check(self) -> None:
+        assert min(self._ends["cancelled"], self._ends["done"]) > ROUNDS // 50, f"no race: {self._ends}"
+        now = statistics()
+        assert now.in_flight == 0
+        assert now.cancels_asked == now.cancels_won + now.cancels_lost
 
 
-READERS: dict[str, tuple[tuple[Any, ...], list[tuple[Any, ...]]]] = {
-    "raw": (("rb", 0), [("read", 100), ("readinto", 50), ("readline",)]),
-    "buffered": (("rb", 64), [("read", 10), ("read", 200), ("readline",), ("read1", 50), ("readinto", 70), ("peek",)]),
-    "text": (("r", -1, "utf-8", None, ""), [("read", 10), ("read", 200), ("readline",), ("__anext__",)]),
+def some_text(chance: random.Random, size: int) -> str:
+    return "".join(chance.choices(LETTERS, k=size))
+
+
+# A pipe that is read
+
+
+async def read_into(file: Any, method: str, size: int) -> bytes:
+    buffer = bytearray(size)
+    count = await getattr(file, method)(buffer)
+    return bytes(buffer[:count])
+
+
+async def joined_lines(file: Any, hint: int) -> Any:
+    lines = await file.readlines(hint)
+    return lines[0][:0].join(lines) if lines else b""
+
+
+async def loop_over(file: Any, received: list[Any]) -> None:
+    async for line in file:
+        received.append(line)  # noqa: PERF401 - what came before a cancel counts
+
+
+READERS = {
+    "raw": ("rb", 0, None, None),
+    "buffered": ("rb", -1, None, None),
+    "small buffer": ("rb", 16, None, None),
+    "text": ("r", -1, "utf-8", None),
+    "text, line ends as they are": ("r", 16, "utf-16", ""),
+    "text, one line end": ("r", -1, "utf-8", "\r\n"),
 }
 
 
-async def call_of(file: Any, name: str, *args: int) -> Any:
-    """What is read, whatever the method."""
-    if name == "__anext__":
-        async for line in file:
-            return line
-        return ""
-    if name == "readinto":
-        buffer = bytearray(*args)
-        return bytes(buffer[: await file.readinto(buffer)])
-    if name == "peek":
-        await file.peek()
-        return b""
-    return await getattr(file, name)(*args)
-
-
 @pytest.mark.parametrize("kind", READERS)
-async def test_reading_from_a_pipe(bench: Bench, kind: str) -> None:
-    """While the other end writes, a little at a time."""
-    settings, calls = READERS[kind]
-    rng = random.Random(kind)
+async def test_reading(bench: Bench, kind: str) -> None:
+    mode, buffering, encoding, newline = READERS[kind]
+    chance = random.Random(kind)
+    content = some_text(chance, 20 * ROUNDS).encode(encoding or "utf-8")
     read_end, write_end = bench.pipe()
-    text = some_text(rng, 12_000)
-    left = bytearray(text.encode())
-    found: list[Any] = []
-    cancelled = 0
+    bench.closed(read_end)
+    os.set_blocking(write_end, False)
+    sent = 0
 
-    def send() -> None:
-        n = rng.randrange(1, 60)
-        os.write(write_end, left[:n])
-        del left[:n]
+    def feed() -> None:
+        nonlocal sent
+        size = chance.choice((1, 5, 20, 60))
+        with contextlib.suppress(BlockingIOError):
+            sent += os.write(write_end, content[sent : sent + size])
 
-    async with await open_file(read_end, *settings, closefd=False) as file:
-        while left:
-            result = await cut_short(rng, send, partial(call_of, file, *rng.choice(calls)))
-            if result is CANCELLED:
-                cancelled += 1
-            else:
-                found.append(result)
+    received: list[Any] = []
+    rounds = Rounds(chance)
+    file: Any = await open_file(read_end, mode, buffering, encoding, newline=newline)
+    async with file:
+
+        async def play(call: Callable[..., Awaitable[Any]], *args: object) -> None:
+            attempt = await rounds.play(call, *args, peer=feed)
+            if not attempt.cancelled and attempt.value is not None:
+                received.append(attempt.value)
+
+        for _ in range(ROUNDS):
+            size = chance.choice((1, 7, 30, 100))
+            calls: list[tuple[Any, ...]] = [
+                (file.read, size),
+                (file.readline,),
+                (file.readline, size),
+                (file.read,),
+                (loop_over, file, received),
+                (joined_lines, file, size),
+            ]
+            if "b" in mode:
+                calls.append((read_into, file, "readinto", size))
+            if "b" in mode and buffering:
+                calls += [(file.read1, size), (read_into, file, "readinto1", size)]
+            await play(*chance.choice(calls))
+        assert sent > ROUNDS
+        os.write(write_end, content[sent:])
         bench.closed(write_end)
         os.close(write_end)
-        found.append(await file.read() if kind != "raw" else await file.readall())
-    assert cancelled > 50
-    assert type(found[-1])().join(found) == (text if kind == "text" else text.encode())
+        received.append(await file.read())
+    rounds.check()
+    if "b" in mode:
+        assert b"".join(received) == content
+    else:
+        assert "".join(received) == io.TextIOWrapper(io.BytesIO(content), encoding, newline=newline).read()
 
 
-WRITERS: dict[str, tuple[Any, ...]] = {"raw": ("wb", 0), "buffered": ("wb", 64), "text": ("w", 64, "utf-8", None, "")}
+# A pipe that is nearly full is written
+
+WRITERS = {
+    "raw": ("wb", 0, None),
+    "buffered": ("wb", -1, None),
+    "small buffer": ("wb", 100, None),
+    "text": ("w", 100, "utf-8"),
+    "text, line by line": ("w", 1, "iso2022_jp"),
+}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-async def test_writing_to_a_pipe_that_is_full(bench: Bench, kind: str) -> None:
-    """A call that is cancelled has taken nothing; what one has taken arrives once."""
-    rng = random.Random(kind)
-    read_end, write_end = bench.pipe()
-    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
-    os.set_blocking(read_end, False)
-    taken: list[bytes] = []
-    arrived: list[bytes] = []
-    cancelled = 0
+async def test_writing(bench: Bench, kind: str) -> None:
+    """A write that was cancelled has taken nothing, and is made again; another may come between."""
+    mode, buffering, encoding = WRITERS[kind]
+    chance = random.Random(kind)
+    read_end, write_end = bench.pipe(os.O_NONBLOCK)
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PAGE)
+    before = fill(lambda: os.write(write_end, bytes(PAGE)))
+    os.set_blocking(write_end, True)
+    bench.closed(write_end)
+    received: list[bytes] = []
 
-    def drain(size: int = 300) -> None:
-        try:
-            arrived.append(os.read(read_end, size))
-        except BlockingIOError:
-            pass
+    def take() -> None:
+        with contextlib.suppress(BlockingIOError):
+            received.append(os.read(read_end, chance.choice((10, 100, PAGE, PAGE))))
 
-    file: Any = await open_file(write_end, *WRITERS[kind], closefd=False)
-    while len(taken) < 400:
-        text = some_text(rng, rng.choice((1, 20, 90, 3000)))
-        data: Any = text if kind == "text" else text.encode()
-        flush = rng.random() < 0.3
-        result = await cut_short(rng, drain, file.flush if flush else partial(file.write, data))
-        if result is CANCELLED:
-            cancelled += 1
-            drain(1)
-        elif not flush:
-            taken.append(text.encode() if kind == "text" else data[:result])
+    accepted: list[Any] = []
+    rounds = Rounds(chance)
+    file = await open_file(write_end, mode, buffering, encoding)
+    refused: list[Any] = []
+    for _ in range(ROUNDS):
+        if chance.randrange(5) == 0:
+            await rounds.play(file.flush, peer=take)
+            continue
+        size = chance.choice((1, 20, 90, 300, 3 * PAGE))
+        new: Any = chance.randbytes(size) if encoding is None else some_text(chance, size).replace("é", "本")
+        data = refused.pop() if refused and chance.randrange(3) else new
+        attempt = await rounds.play(file.write, data, peer=take)
+        if attempt.cancelled:
+            refused.append(data)
+        else:
+            accepted.append(data[: attempt.value])
     async with trio.open_nursery() as nursery:
-        closing = Attempt(nursery, file.aclose)
-        while not closing.done:
-            drain()
-            await trio.lowlevel.checkpoint()
-    for _ in range(20):  # more than the pipe holds
-        drain()
-    assert cancelled > 50
-    assert b"".join(arrived) == b"".join(taken)
+        nursery.start_soon(file.aclose)
+        os.set_blocking(read_end, True)
+        while data := await trio.to_thread.run_sync(os.read, read_end, 1 << 16):
+            received.append(data)
+    rounds.check()
+    expected = (
+        b"".join(accepted) if encoding is None else codecs.getincrementalencoder(encoding)().encode("".join(accepted))
+    )
+    assert b"".join(received)[before:] == expected
 
 
-@pytest.mark.parametrize("buffering", [0, 16, 4096])
-async def test_a_regular_file(bench: Bench, buffering: int) -> None:
-    """Against a model: what is cancelled is done again until it is done."""
-    rng = random.Random(buffering)
-    path = bench.path(bytes(2000))
-    model = bytearray(2000)
-    at = cancelled = 0
+# A regular file
+
+
+@pytest.mark.parametrize("worker", [False, True])
+@pytest.mark.parametrize("buffering", [0, 50, 8192])
+async def test_a_regular_file(bench: Bench, buffering: int, worker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cancelled has not happened: the model makes only the calls that returned.
+
+    In a thread of the kernel's a cancel may find the operation waiting or at work; otherwise it is done at once.
+    Pipes are left out of that: a cancel answered with EALREADY was seen to leave the write waiting.
+    """
+    if worker:
+        monkeypatch.setattr(_binary_files, "READ", in_kernel_worker(_file_ops.READ))
+        monkeypatch.setattr(_binary_files, "WRITE", in_kernel_worker(_file_ops.WRITE))
+    chance = random.Random(buffering)
+    content = some_text(chance, 3000).encode()
+    path = bench.path(content)
+    model = io.BytesIO(content)
+    rounds = Rounds(chance)
     async with await open_file(path, "r+b", buffering) as file:
-        for _ in range(1500):
-            name = rng.choice(("read", "write", "seek", "flush"))
-            argument: Any = {
-                "read": (rng.randrange(1, 100),),
-                "write": (rng.randbytes(rng.randrange(1, 100)),),
-                "seek": (rng.randrange(2000),),
-                "flush": (),
-            }[name]
-            method = getattr(file, name)
-            while (result := await cut_short(rng, int, partial(method, *argument))) is CANCELLED:
-                cancelled += 1
-            if name == "read":
-                assert result == model[at : at + argument[0]]
-                at += len(result)
-            elif name == "write":
-                assert result == len(argument[0])
-                model[at : at + len(argument[0])] = argument[0]
-                at += len(argument[0])
-            elif name == "seek":
-                at = argument[0]
-            assert await file.tell() == at
-    assert cancelled > 50
-    assert path.read_bytes() == model
+        for _ in range(2 * ROUNDS):
+            size = chance.choice((1, 10, 60, 500))
+            calls: list[tuple[Any, ...]] = [
+                ("read", size),
+                ("read",),
+                ("readline",),
+                ("readlines",),
+                ("write", chance.randbytes(size)),
+                ("write", chance.randbytes(size)),
+                ("seek", chance.randrange(3000)),
+                ("seek", 0, os.SEEK_END),
+                ("tell",),
+                ("flush",),
+                ("truncate", max(1000, len(model.getvalue()) - size)),
+            ]
+            method, *args = chance.choice(calls)
+            attempt = await rounds.play(getattr(file, method), *args)
+            if not attempt.cancelled:
+                assert attempt.value == getattr(model, method)(*args), method
+            assert await file.tell() == model.tell(), method
+    rounds.check()
+    assert path.read_bytes() == model.getvalue()
