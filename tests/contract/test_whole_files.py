@@ -538,6 +538,47 @@ def test_a_killed_process_leaves_one_content_or_the_other(bench: Bench) -> None:
     assert run_native(write_file, path, b"new") == 3
 
 
+KILLED_AT_A_LINE = """
+import os, signal, sys, trio_uring
+
+path, left = sys.argv[1], int(sys.argv[2])
+
+def trace(frame, event, argument):
+    global left
+    if "/trio_uring/" not in frame.f_code.co_filename:
+        return None
+    if event == "line":
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return trace
+
+async def main():
+    sys.settrace(trace)
+    await trio_uring.write_file(path, b"new" * 1000, atomic=True)
+    sys.settrace(None)
+
+trio_uring.run(main)
+"""
+
+
+@pytest.mark.seconds(90)
+def test_killed_at_any_line_it_leaves_one_content_or_the_other(bench: Bench) -> None:
+    """Between any two steps, that is."""
+    path = bench.path(b"old")
+    line, status, contents = 1, -signal.SIGKILL, []
+    while status == -signal.SIGKILL:
+        command = [sys.executable, "-c", KILLED_AT_A_LINE, os.fspath(path), str(line)]
+        status = subprocess.run(command, check=False).returncode
+        contents.append(path.read_bytes())
+        assert contents[-1] in (b"old", b"new" * 1000)
+        path.write_bytes(b"old")
+        line += 31
+    assert status == 0
+    assert contents.count(b"old") > 10
+    assert contents.count(b"new" * 1000) > 1, "it was never killed behind the renaming"
+
+
 # Copying
 
 
