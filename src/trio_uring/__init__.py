@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import _streams as _streams  # which puts trio's sockets and streams on the ring
 from . import lowlevel
 from ._binary_files import AsyncFile
 from ._core import UringStatistics

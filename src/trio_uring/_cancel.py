@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, NoRe
 import outcome
 import trio
 
-from ._abi import CQE_F_MORE, CQE_F_NOTIF, Opcode
+from ._abi import CQE_F_BUFFER, CQE_F_MORE, CQE_F_NOTIF, Opcode
 from ._errors import ERESTARTS, INTERRUPTED, RingError, os_error
 from ._trio_internals import make_trap
 
@@ -169,7 +169,8 @@ class Kind(Generic[T]):
         cloexec: the field with the close-on-exec flag, for an operation that can make a direct descriptor,
             which must not have that flag.
         form: how its positional arguments fill its SQE, if C can do that. Its result is then ``res``, or nothing.
-        readiness: True for polls: no result, nothing pinned, not counted against ``max_in_flight``.
+        readiness: True for polls: no result, nothing pinned.
+        counted: does it count against ``max_in_flight``? What every socket of a program may wait with does not.
         flags: the SQE's ``IOSQE_*`` flags.
         ioprio: the SQE's ioprio field, which several opcodes use for flags of their own.
         head: the SQE's first four bytes, made of these.
@@ -200,6 +201,7 @@ class Kind(Generic[T]):
     cloexec: Literal["off", "op_flags", "open_how"] | None = None
     form: Form | None = None
     readiness: bool = False
+    counted: bool = True
     flags: int = 0
     ioprio: int = 0
     head: int = field(init=False)
@@ -253,6 +255,9 @@ class Owner(Protocol):
     def released(self, operation: Operation) -> None:
         """The kernel no longer uses the memory of an operation that wants to know."""
 
+    def buffer_unread(self, flags: int) -> None:
+        """Nobody takes what the kernel has put into the provided buffer that the CQE's flags name."""
+
 
 class Retry(NamedTuple):
     """What a task does about a result that is not its to see: submit the operation once more."""
@@ -285,6 +290,7 @@ class Operation:
     __slots__ = (
         "_state",
         "fd",
+        "flags",
         "home",
         "interrupt",
         "keep",
@@ -321,6 +327,7 @@ class Operation:
         self.number = 0
         self.since = 0.0
         self.res = 0
+        self.flags = 0
         self.interrupt: Callable[[], NoReturn] | None = None
 
     @property
@@ -371,6 +378,7 @@ class Operation:
         if after is None:
             raise RingError(f"unexpected CQE (res {res}) for {self!r}")
         self._state = after
+        self.flags = flags
         self.siblings.discard(self)
         if before is not _IN_FLIGHT:
             self._complete_late(before, res, flags)
@@ -436,6 +444,8 @@ class Operation:
             self.owner.cancels_lost += 1
 
     def _dispose(self, res: int) -> None:
+        if self.flags & CQE_F_BUFFER:
+            self.owner.buffer_unread(self.flags)
         if res >= 0 and self.kind.dispose is not None:
             self.kind.dispose(res, self.keep)
 

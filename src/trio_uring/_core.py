@@ -36,14 +36,14 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from threading import get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, Protocol, TypeVar, cast
 
 import outcome
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
 from . import _trio_internals
-from ._abi import Opcode
+from ._abi import CQE_F_BUFFER, Opcode
 from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State, closed_error
 from ._errors import RingError, UnavailableError, unsupported
 from ._job import Job
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from trio.lowlevel import Abort, RaiseCancelT, Task
 
-    from ._ring import SubmissionQueue
+    from ._ring import BufferRing, SubmissionQueue
     from ._shots import Receiver
 
 T = TypeVar("T")
@@ -68,6 +68,7 @@ MAX_RW_COUNT: Final = lib.TU_MAX_RW_COUNT  # what read(2) and write(2) transfer 
 _WAKEUP_INDEX: Final = 1
 _MAIL_INDEX: Final = 2
 _FIRST_INDEX: Final = 3
+_ONE_CQE: Final = 3  # numbers
 
 DRAIN_SECONDS: Final = 10.0
 """How long the end of a run waits for operations the kernel will not give back (a dead network mount)."""
@@ -87,6 +88,7 @@ POLL_IN: Final[Kind[int]] = Kind(
     man="io_uring_prep_poll_add(3)",
     direction="read",
     readiness=True,
+    counted=False,
 )
 POLL_OUT: Final[Kind[int]] = Kind(
     name="wait_writable",
@@ -97,6 +99,7 @@ POLL_OUT: Final[Kind[int]] = Kind(
     man="io_uring_prep_poll_add(3)",
     direction="write",
     readiness=True,
+    counted=False,
 )
 
 
@@ -295,6 +298,7 @@ class UringIOManager:
     """
 
     wake = staticmethod(_trio_internals.wake)
+    carries_sockets: ClassVar[bool] = True
 
     def __init__(self, config: RingConfig, ring: Ring | None = None) -> None:
         self.ring: Ring = Ring(config) if ring is None else ring
@@ -314,10 +318,12 @@ class UringIOManager:
         self._slots: list[Any] = [None, self._wakeup, self.mail]
         self._slots[0] = _Notices(self._slots)
         self._idle: list[Operation] = []
-        self._idle_polls: list[Operation] = []
+        self._idle_uncounted: list[Operation] = []
         self._counted_slots = 0
         self._queue: OrderedDict[Task, _Waiting] = OrderedDict()
         self.registered = Registered(self)
+        self._stream_buffers: BufferRing | None = None
+        self.lone = False
         self._by_fd: dict[int, set[Operation]] = {}
         self._unprocessed: Iterator[int] = iter(())
         _this_thread.manager = self
@@ -331,6 +337,8 @@ class UringIOManager:
             if self._owner is not None:
                 return self._wait_in_worker(timeout)
             self.own_ring()
+        if self._stream_buffers is not None:
+            self._stream_buffers.give_back_spent()
         events = self.ring.tick(timeout)
         self._now = 0.0
         if events:
@@ -341,6 +349,7 @@ class UringIOManager:
 
     def process_events(self, events: list[int]) -> None:
         """Lets each operation that has a CQE in ``events`` decide what that means for its task."""
+        self.lone = len(events) <= _ONE_CQE
         if not events:
             return
         slots = self._slots
@@ -400,7 +409,7 @@ class UringIOManager:
             cancels_lost=self.cancels_lost,
             overflows=ring["overflows"],
             stalls=ring["stalls"],
-            in_flight=sum(op.weight for op in in_flight if not op.kind.readiness),
+            in_flight=sum(op.weight for op in in_flight if op.kind.counted),
             peak=self._counted_slots,  # a slot is made only when none is idle
             waiting_for_slot=len(self._queue),
             operations=tuple(
@@ -427,7 +436,7 @@ class UringIOManager:
         _open_managers.discard(self)
         self._queue.clear()
         self.mail.forsake()
-        self.perform = _no_manager.perform  # type: ignore[method-assign]  # for late calls
+        self.perform = self.receive = _no_manager.perform  # type: ignore[method-assign]  # for late calls
         if _this_thread.manager is self:
             del _this_thread.manager
         try:
@@ -481,6 +490,11 @@ class UringIOManager:
         if not self._closed:
             assert operation.kind.released is not None
             operation.kind.released(operation.keep)
+
+    def buffer_unread(self, flags: int) -> None:
+        """Nobody takes what the kernel has put into the provided buffer that the CQE's flags name."""
+        if self._stream_buffers is not None:
+            self._stream_buffers.copy(flags, 0)
 
     # What `lowlevel` calls
 
@@ -538,7 +552,7 @@ class UringIOManager:
         try:
             while True:
                 task = current_task()
-                pool = self._idle_polls if kind.readiness else self._idle
+                pool = self._idle if kind.counted else self._idle_uncounted
                 operation: Operation = pool.pop() if pool else (yield from self._another_slot(kind, task, fd))
                 if siblings and kind.direction is not None and fd >= 0:
                     try:
@@ -606,6 +620,69 @@ class UringIOManager:
         except BaseException:
             pin = keep = res = None  # a traceback keeps this frame
             raise
+
+    @enable_ki_protection
+    @types.coroutine
+    def receive(self, kind: Kind[Any], fd: int, size: int) -> Generator[Any, Any, bytes | None]:
+        """`perform` for a receive from a stream that takes one of the ring's own buffers when there is data. So one
+        that waits holds no memory. With what it does not need left out: this is the hottest path of a server.
+
+        Args:
+            kind: a row of the operation table, with ``SQE_BUFFER_SELECT`` and the direction ``"read"``.
+            fd: the socket.
+            size: how many bytes at most.
+
+        Returns:
+            what was received, ``b""`` at the end of the stream; None if it has to be done another way: another task
+            is receiving, all buffers are in use, or the kernel has no such thing.
+        """
+        if self._missing and not self._missing.isdisjoint(kind.needs):
+            return None
+        buffers = self._stream_buffers
+        if buffers is None:
+            buffers = self._stream_buffers = self.registered.open_stream_buffers()
+        siblings = self._by_fd.get(fd)
+        if siblings is None:
+            siblings = self._by_fd[fd] = set()
+        pool = self._idle_uncounted
+        while True:
+            for other in siblings:
+                if other.occupies("read", fd):
+                    return None
+            operation = pool.pop() if pool else self._new_slot(pool, ())
+            operation.task = task = current_task()
+            operation.kind = kind
+            operation.fd = fd
+            operation.since = self._now or self._look_at_the_clock()
+            operation.siblings = siblings
+            try:
+                operation.number = self.ring.stage(kind.head, fd, 0, 0, size, 0, operation.begin())
+            except BaseException:
+                operation.not_staged()
+                raise
+            siblings.add(operation)
+            try:
+                res = yield operation.trap
+            except BaseException:  # the coroutine is being closed: its run was torn down
+                if operation.task is task:
+                    operation.abandon()
+                raise
+            try:
+                if type(res) is not int:
+                    res = res.unwrap()
+                flags = operation.flags
+                data = buffers.copy(flags, max(res, 0)) if flags & CQE_F_BUFFER else b""
+                if res >= 0:
+                    operation.pick_up()
+                    return data
+                if res == -errno.ENOBUFS:
+                    operation.pick_up()
+                    return None
+                operation.judge(res, None)
+                self._check_still_open(fd, siblings)
+            except BaseException:
+                res = None  # a traceback keeps this frame
+                raise
 
     @property
     def closed(self) -> bool:
@@ -689,8 +766,8 @@ class UringIOManager:
 
     def _another_slot(self, kind: Kind[Any], task: Task, fd: int) -> Generator[Any, Any, Operation]:
         """A new slot, or the next one to become free if there may be no more."""
-        if kind.readiness:
-            return self._new_slot(self._idle_polls, ())
+        if not kind.counted:
+            return self._new_slot(self._idle_uncounted, ())
         (operation,) = yield from self.borrow(1, task, (fd,))
         return operation
 
@@ -754,6 +831,10 @@ class UringIOManager:
         for other in self._by_fd.get(fd, ()):
             if other.occupies(direction, fd):
                 raise trio.BusyResourceError(f"another task is already using this fd to {direction}")
+
+    def is_busy(self, direction: str, fd: int) -> bool:
+        """Does a task use this direction of the fd?"""
+        return any(other.occupies(direction, fd) for other in self._by_fd.get(fd, ()))
 
     def siblings_of(self, fd: int) -> set[Operation]:
         """The operations on an fd."""
@@ -884,6 +965,8 @@ class UringIOManager:
 
 class _NoManager:
     """Stands where the manager would be in a thread whose run has no ring."""
+
+    carries_sockets: ClassVar[bool] = False
 
     def expect_cancel_by_fd(self, fd: int) -> None:
         """Nothing is in flight."""

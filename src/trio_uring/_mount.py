@@ -12,7 +12,7 @@ import contextlib
 import errno
 import threading
 import warnings
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import trio
 
@@ -36,6 +36,19 @@ class _Requests(threading.local):
 
     config: RingConfig | None = None
 
+
+class Door(Protocol):
+    """A name of trio's that leads unchanged programs to the ring; whoever comes from a run without one is sent back."""
+
+    def open(self) -> None:
+        """Puts ours in the place of trio's."""
+
+    def close(self) -> None:
+        """Puts trio's back."""
+
+
+doors: Final[list[Door]] = []
+"""Those that are open while somebody wants rings."""
 
 _requests: Final = _Requests()
 _lock: Final = threading.Lock()
@@ -94,6 +107,12 @@ def _add_user(n: int) -> None:
             _trio_internals.set_io_manager_class(TheIOManager)
         elif _users == 0 and current is TheIOManager:
             _trio_internals.set_io_manager_class(_stock)
+        if _users == n == 1:
+            for door in doors:
+                door.open()
+        elif _users == 0 != n:
+            for door in doors:
+                door.close()
 
 
 @contextlib.contextmanager

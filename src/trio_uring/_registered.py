@@ -29,6 +29,14 @@ MAX_DIRECT: Final = 1024
 MAX_FIXED_BUFFERS: Final = 1024
 """How many buffers can be registered in a run at once."""
 
+STREAM_BUFFERS: Final = 512
+"""How many connections can have received something when the run looks next; more take another way."""
+
+STREAM_BUFFER_SIZE: Final = 16384
+"""Bytes of each. What fills one is followed by more, which is received without it."""
+
+_STREAM_GROUP: Final = 0  # what an SQE says that names no group
+
 
 class RingOwner(Protocol):
     """What this needs of the I/O manager."""
@@ -99,7 +107,7 @@ class Registered:
         self._owner = owner
         self._places: _Places | None = None
         self._free_buffers: list[int] | None = None
-        self._groups = itertools.count()
+        self._groups = itertools.count(_STREAM_GROUP + 1)
         self._free_groups: list[int] = []
 
     # Direct descriptors
@@ -173,6 +181,10 @@ class Registered:
         self._free_buffers.append(index)
 
     # Rings of provided buffers
+
+    def open_stream_buffers(self) -> BufferRing:
+        """Buffers for the sockets of the whole run."""
+        return BufferRing(self._owner.ring, STREAM_BUFFERS, STREAM_BUFFER_SIZE, _STREAM_GROUP)
 
     def open_buffers(self, count: int, size: int, *, incremental: bool) -> BufferRing:
         """Buffers the kernel takes from; see `BufferRing`."""

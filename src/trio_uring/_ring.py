@@ -646,6 +646,7 @@ class BufferRing:
         self._address = int(ffi.cast("uintptr_t", self._memory_pin))
         self._tail = 0
         self._used = [0] * count
+        self._spent: list[int] = []
         self.view = memoryview(self._memory)
         try:
             ring.register_buffer_ring(self._entries_pin, count, group, PBUF_RING_INC if incremental else 0)
@@ -671,6 +672,23 @@ class BufferRing:
         self._used[buffer] = 0
         self.out += 1
         return buffer, start, True
+
+    def copy(self, flags: int, length: int) -> bytes:
+        """A copy of what a CQE with ``flags`` has received. The buffer goes back with `give_back_spent`. For buffers
+        that are not consumed incrementally.
+        """
+        buffer = flags >> CQE_BUFFER_SHIFT
+        self._spent.append(buffer)
+        start = buffer * self.size
+        return self._memory[start : start + length]
+
+    def give_back_spent(self) -> None:
+        """The kernel may use the buffers again whose data was copied."""
+        spent = self._spent
+        if spent:
+            self.out += len(spent)
+            self.give_back(spent)
+            spent.clear()
 
     def give_back(self, buffers: Collection[int]) -> None:
         """The kernel may use them again."""

@@ -1,6 +1,6 @@
 """The only file that touches trio's private names.
 
-Three things need them for a run, and each is checked here, at import, with a way round behind it:
+Each of these is checked here, at import, with a way round behind it:
 
 * *the native mount*: trio has no hook for an I/O manager; ``setup_runner`` calls the module global
   ``TheIOManager``. If that has changed, `NATIVE_PROBLEM` says so and runs stay on trio's own manager.
@@ -9,19 +9,25 @@ Three things need them for a run, and each is checked here, at import, with a wa
 * *a reusable trap*: the object ``wait_task_rescheduled`` yields. It is obtained through the public function, once for
   each operation's slot. Yielding it again is what the public function does as well, if that still has the one trap
   per call that `NATIVE_PROBLEM` looks for.
+* *the class of trio's sockets*: trio makes every socket by calling the module global ``_SocketType``. The class
+  itself is got through the public function; if that name is gone, sockets that unchanged code makes wait for
+  readiness. So do streams that no longer say who sends on them, and sockets that no longer resolve addresses there.
 """
 
 from __future__ import annotations
 
 import pathlib
+import socket
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import outcome
 import trio
+from trio import _socket
 from trio._core import _run, _traps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from trio.lowlevel import Abort, RaiseCancelT, Task
 
@@ -110,3 +116,51 @@ class ThreadPath(trio.Path, pathlib.PurePosixPath):
     __slots__ = ()
 
     _wrapped_cls: ClassVar[type[pathlib.Path]] = pathlib.PosixPath
+
+
+def _look_at_sockets() -> tuple[Any, bool]:
+    left, right = socket.socketpair()
+    with left, right:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(left))
+        return type(stream.socket), hasattr(stream, "_send_conflict_detector")
+
+
+_look = _look_at_sockets()
+TrioSocket: Final[Any] = _look[0]
+"""The class of trio's sockets."""
+
+STREAMS_TELL_WHO_SENDS: Final = _look[1]
+"""Do streams have what lets one task send at a time?"""
+
+SOCKETS_HAVE_A_DOOR: Final = getattr(_socket, "_SocketType", None) is TrioSocket
+"""Does trio make its sockets through a name that can be replaced?"""
+
+CAN_RESOLVE: Final = hasattr(TrioSocket, "_resolve_address_nocp")
+"""Does trio resolve addresses where it can be asked to?"""
+
+
+class SocketBase(TrioSocket):  # type: ignore[misc]
+    """trio's own class of sockets."""
+
+    _sock: socket.socket
+    """What it is made of; anyio reads it as well."""
+
+    async def resolve(self, address: Any) -> Any:
+        """The address with its names resolved to numbers. See `CAN_RESOLVE`. Not always a checkpoint."""
+        return await self._resolve_address_nocp(address, local=False)
+
+
+def socket_maker() -> Any:
+    """What trio calls with a `socket.socket` to make a socket of its own. See `SOCKETS_HAVE_A_DOOR`."""
+    return _socket._SocketType
+
+
+def set_socket_maker(maker: Any) -> None:
+    """Replaces it."""
+    _socket._SocketType = maker  # type: ignore[misc]
+
+
+def sending(stream: trio.SocketStream) -> AbstractContextManager[None]:
+    """Lets nobody else send on the stream. See `STREAMS_TELL_WHO_SENDS`."""
+    detector: AbstractContextManager[None] = stream._send_conflict_detector
+    return detector

@@ -1,5 +1,5 @@
 """A pytest plugin for trio's own test suite: puts every run, and its files, on the ring, and writes down how each test
-ended.
+ended. Counts what came to us.
 
 Environment: RESULTS names the JSON file to write; RING=1 asks for the ring.
 """
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from trio_uring.lowlevel import Kind
+
 _outcomes: dict[str, str] = {}
 _managers: collections.Counter[str] = collections.Counter()
 _files: collections.Counter[str] = collections.Counter()
+_operations: collections.Counter[str] = collections.Counter()
 
 
 def _counted(name: str, function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -37,12 +40,22 @@ def _counted(name: str, function: Callable[..., Awaitable[Any]]) -> Callable[...
     return counted
 
 
+def _counting(function: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(self: UringIOManager, kind: Kind[Any], *args: Any, **kwargs: Any) -> Any:
+        _operations[kind.name] += 1
+        return function(self, kind, *args, **kwargs)
+
+    return counted
+
+
 def pytest_configure() -> None:
-    """Installs the ring, and counts the class of every run's I/O manager, and what of trio's file API came to us."""
+    """Installs the ring, and counts each run's I/O manager, the operations, and what of trio's file API came to us."""
     if os.environ["RING"] == "1":
         vars(_routes)["open_file"] = _counted("open_file", trio_uring.open_file)
         for name, method in RING_METHODS.items():
             RING_METHODS[name] = _counted(f"Path.{name}", method)
+        for name in ("perform", "receive"):
+            setattr(UringIOManager, name, _counting(getattr(UringIOManager, name)))
         trio_uring.install(trio_uring.RingConfig(mode="require"), files=True)
     setup_runner = trio_run.setup_runner
 
@@ -63,5 +76,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish() -> None:
     """Writes the results."""
-    results = {"outcomes": _outcomes, "managers": _managers, "files": _files}
+    results = {"outcomes": _outcomes, "managers": _managers, "files": _files, "operations": _operations}
     Path(os.environ["RESULTS"]).write_text(json.dumps(results))

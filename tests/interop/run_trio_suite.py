@@ -1,7 +1,8 @@
 """Runs trio's own test suite on its own I/O manager and on the ring, and compares test by test.
 
-On the ring trio's file API is ours, too. Exits non-zero if a test fails or is skipped on the ring that is not on stock
-trio, if a run's I/O manager was not the ring, or if the tests of files did not come to ours. Arguments go to pytest:
+On the ring trio's file API is ours, too, and its sockets. Exits non-zero if a test fails or is skipped on the ring that
+is not on stock trio, if a run's I/O manager was not the ring, or if the tests of files or sockets did not come to ours.
+Arguments go to pytest:
 ``--run-slow`` runs the slow tests too.
 """
 
@@ -20,6 +21,8 @@ HERE = Path(__file__).parent
 SECONDS = 900
 FILES = {"open_file", "Path.open", "Path.mkdir", "Path.write_bytes", "Path.is_dir", "Path.is_file"}
 """What of the file API trio's tests use, and the ring has."""
+SOCKETS = {"accept", "connect", "recv", "send", "wait_readable", "wait_writable"}
+"""The operations that trio's tests of sockets and streams come to."""
 
 
 def run_suite(*, ring: bool, arguments: list[str]) -> dict[str, Any]:
@@ -55,12 +58,14 @@ def main(arguments: list[str]) -> int:
     print(f"\nstock trio: I/O managers {stock['managers']}")
     print(f"on the ring: I/O managers {ring['managers']}")
     print(f"on the ring: files {ring['files']}")
+    print(f"on the ring: operations {ring['operations']}")
     print(f"{len(ring['outcomes'])} tests on the ring, {len(stock['outcomes'])} on stock trio")
     for line in [*worse, *(f"{test}: not run on the ring" for test in absent)]:
         print(line)
     proven = list(ring["managers"]) == ["UringIOManager"] and "UringIOManager" not in stock["managers"]
     if not arguments:  # the whole suite
         proven = proven and ring["files"].keys() >= FILES and not stock["files"]
+        proven = proven and ring["operations"].keys() >= SOCKETS and not stock["operations"]
     if worse or absent or not proven:
         print("trio's test suite: the ring is NOT as good as stock trio")
         return 1

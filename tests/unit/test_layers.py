@@ -29,7 +29,7 @@ LAYERS: Final = (
     {"_text_files"},
     {"_files", "_socket", "_whole_files"},
     {"_path"},
-    {"_routes"},
+    {"_routes", "_streams"},
     {"_net"},
     {"lowlevel", "testing", "socket", "anyio", "pytest_plugin"},
     {"_cli"},

@@ -44,6 +44,9 @@ class Manager:
     def hand_over(self, operation: Operation) -> None:
         raise AssertionError("nobody waits")
 
+    def buffer_unread(self, flags: int) -> None:
+        raise AssertionError("no operation here takes a provided buffer")
+
     def released(self, operation: Operation) -> None:
         raise AssertionError("it does not want to know")
 

@@ -1,0 +1,211 @@
+"""Sockets by completion: `UringSocket` is trio's socket, whose operations are the ring's.
+
+Stock trio tries the call, waits until the socket is ready, and calls again. Here the call itself is handed to the
+kernel, which does it when the socket is ready. What that is worth was measured for each operation, and decides its way:
+
+* **recv** on a stream goes to the kernel at once, with no memory of its own: the kernel takes one of the ring's buffers
+  when there is data. So ten thousand idle connections hold none, and nobody allocates 64 KiB for a message of 64 bytes.
+  What fills such a buffer is followed by more, and that is there: then the plain system call comes first.
+* **send** on a stream goes to the kernel at once while there are several connections to serve: one system call submits
+  for all of them. For a lone one the plain system call costs less, and comes first.
+* **accept, connect, recv_into** go to the kernel at once.
+* **Datagrams, and messages with ancillary data,** are tried first, as trio does: a datagram socket has room, or has
+  something, nearly always when it is used, and a submission needs structures that cost more than the call. The wait,
+  if there is one, is the ring's.
+
+Whatever is out of the ordinary (flags, a second task on the same direction, a run without a ring) goes trio's own way,
+which is right in every case: trying first, and waiting on the ring if there is one. So nothing here imitates trio.
+"""
+
+from __future__ import annotations
+
+import socket as stdlib_socket
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, enable_ki_protection
+
+from ._abi import SQE_BUFFER_SELECT, Opcode
+from ._core import _this_thread
+from ._registered import STREAM_BUFFER_SIZE
+from ._sockaddr import encode_address
+from ._socket_ops import ACCEPT, CONNECT, RECV, SEND
+from ._structs import CHARS, address_of, from_buffer, new, new_address
+from ._trio_internals import CAN_RESOLVE, SocketBase
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from typing_extensions import Buffer
+
+RECV_SELECTING: Final = replace(RECV, flags=SQE_BUFFER_SELECT, proxy=Opcode.SOCKET, counted=False)
+SEND_UNCOUNTED: Final = replace(SEND, counted=False)
+_RECV_UNCOUNTED: Final = replace(RECV, counted=False)
+_ACCEPT_UNCOUNTED: Final = replace(ACCEPT, counted=False)
+_CONNECT_UNCOUNTED: Final = replace(CONNECT, counted=False)
+
+_KNOWN_FAMILIES: Final = frozenset({stdlib_socket.AF_INET, stdlib_socket.AF_INET6, stdlib_socket.AF_UNIX})
+"""Those whose addresses we show as the standard library does."""
+
+PLAIN: Final = frozenset({bytes, bytearray})
+"""Types of buffers about which there is nothing to ask."""
+
+
+def _is_ordinary(data: Buffer) -> bool:
+    return bool(data) and (type(data) in PLAIN or (type(data) is memoryview and data.contiguous))
+
+
+def _tried_first(
+    call: Callable[..., Any], wait: Callable[[stdlib_socket.socket], Awaitable[None]]
+) -> Callable[..., Any]:
+    """The method that tries the plain call, and waits only if that would block."""
+
+    @enable_ki_protection
+    async def method(self: UringSocket, *args: Any, **kwargs: Any) -> Any:
+        await checkpoint_if_cancelled()
+        try:
+            result = call(self._sock, *args, **kwargs)
+        except BlockingIOError:
+            pass
+        except BaseException:
+            await cancel_shielded_checkpoint()
+            raise
+        else:
+            await cancel_shielded_checkpoint()
+            return result
+        while True:
+            await wait(self._sock)
+            try:
+                return call(self._sock, *args, **kwargs)
+            except BlockingIOError:
+                pass
+
+    method.__name__ = call.__name__
+    method.__qualname__ = f"UringSocket.{call.__name__}"
+    method.__doc__ = f"As `socket.socket.{call.__name__}`."
+    return method
+
+
+_recv_trying: Final = _tried_first(stdlib_socket.socket.recv, trio.lowlevel.wait_readable)
+_recv_into_trying: Final = _tried_first(stdlib_socket.socket.recv_into, trio.lowlevel.wait_readable)
+_send_trying: Final = _tried_first(stdlib_socket.socket.send, trio.lowlevel.wait_writable)
+
+
+class UringSocket(SocketBase):
+    """A `trio.socket.SocketType` whose operations are the ring's, in runs that have one. In others it is like trio's.
+
+    What its methods return and raise, and when they wait, is as with trio's, and with that the standard library's. What
+    differs is when it is closed: whoever waits hears of it, also if it is closed by leaving a ``with`` block, or left
+    to somebody else by `detach`.
+    """
+
+    def __init__(self, sock: stdlib_socket.socket) -> None:
+        super().__init__(sock)
+        self.streams: Final = sock.type == stdlib_socket.SOCK_STREAM
+        self.more = False  # is there something to receive, most likely?
+
+    def dup(self) -> UringSocket:
+        """As `socket.socket.dup`."""
+        return UringSocket(self._sock.dup())
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def detach(self) -> int:
+        """As `socket.socket.detach`. Tasks that wait get `trio.ClosedResourceError`."""
+        if self._sock.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._sock)
+        return self._sock.detach()
+
+    @enable_ki_protection
+    async def accept(self) -> tuple[UringSocket, Any]:
+        """As `socket.socket.accept`. IORING_OP_ACCEPT, Linux 5.5.
+
+        An accept that wins against its cancel returns its connection; none is leaked or dropped.
+        """
+        manager, sock = _this_thread.manager, self._sock
+        family = sock.family
+        if not manager.carries_sockets or family not in _KNOWN_FAMILIES or manager.is_busy("read", sock.fileno()):
+            accepted, address = await super().accept()
+            return (accepted if isinstance(accepted, UringSocket) else UringSocket(accepted._sock)), address
+        storage, size = keep = new_address()
+        flags = stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC
+        fd, address = await manager.perform(_ACCEPT_UNCOUNTED, sock.fileno(), address_of(size), storage, 0, flags, keep)
+        return UringSocket(stdlib_socket.socket(family, sock.type, sock.proto, fd)), address
+
+    @enable_ki_protection
+    async def connect(self, address: Any) -> None:
+        """As `socket.socket.connect`. IORING_OP_CONNECT, Linux 5.5.
+
+        A connect that is cancelled closes the socket, as with trio: what has become of the connection is not known.
+        """
+        manager, sock = _this_thread.manager, self._sock
+        ordinary = manager.carries_sockets and CAN_RESOLVE and self.streams and sock.family in _KNOWN_FAMILIES
+        if not ordinary or manager.is_busy("write", sock.fileno()):
+            await super().connect(address)
+            return
+        try:
+            address = await self.resolve(address)
+            try:
+                raw = encode_address(address)
+            except (TypeError, ValueError):
+                await super().connect(address)  # which knows the error for it
+                return
+            await manager.perform(_CONNECT_UNCOUNTED, sock.fileno(), len(raw), new(CHARS, raw))
+        except trio.Cancelled:
+            self.close()
+            raise
+        except OSError as exc:
+            raise OSError(exc.errno, f"Error connecting to {address!r}: {exc.strerror}") from None
+
+    def starts_waiting(self, buflen: int) -> bool:
+        """Is a receive of so many bytes to go to the kernel at once?"""
+        return self.streams and not self.more and type(buflen) is int and buflen > 0
+
+    @enable_ki_protection
+    async def recv(self, buflen: int, flags: int = 0, /) -> bytes:
+        """As `socket.socket.recv`. IORING_OP_RECV, Linux 5.6."""
+        manager = _this_thread.manager
+        if manager.carries_sockets and not flags and self.starts_waiting(buflen):
+            received: bytes | None = await manager.receive(RECV_SELECTING, self._sock.fileno(), buflen)
+            if received is not None:
+                self.more = len(received) == STREAM_BUFFER_SIZE
+                return received
+        data: bytes = await _recv_trying(self, buflen, flags)
+        self.more = len(data) >= STREAM_BUFFER_SIZE
+        return data
+
+    @enable_ki_protection
+    async def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
+        """As `socket.socket.recv_into`. IORING_OP_RECV, Linux 5.6."""
+        manager = _this_thread.manager
+        if (
+            manager.carries_sockets
+            and self.streams
+            and not nbytes
+            and not flags
+            and type(buffer) is bytearray
+            and buffer
+        ):
+            fd = self._sock.fileno()
+            if not manager.is_busy("read", fd):
+                return await manager.perform(_RECV_UNCOUNTED, fd, 0, from_buffer(CHARS, buffer, True), -1)
+        count: int = await _recv_into_trying(self, buffer, nbytes, flags)
+        return count
+
+    @enable_ki_protection
+    async def send(self, data: Buffer, flags: int = 0, /) -> int:
+        """As `socket.socket.send`. IORING_OP_SEND, Linux 5.6."""
+        manager = _this_thread.manager
+        if manager.carries_sockets and self.streams and not manager.lone and not flags and _is_ordinary(data):
+            fd = self._sock.fileno()
+            if not manager.is_busy("write", fd):
+                return await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1)
+        count: int = await _send_trying(self, data, flags)
+        return count
+
+    recvfrom = _tried_first(stdlib_socket.socket.recvfrom, trio.lowlevel.wait_readable)
+    recvfrom_into = _tried_first(stdlib_socket.socket.recvfrom_into, trio.lowlevel.wait_readable)
+    recvmsg = _tried_first(stdlib_socket.socket.recvmsg, trio.lowlevel.wait_readable)
+    recvmsg_into = _tried_first(stdlib_socket.socket.recvmsg_into, trio.lowlevel.wait_readable)

@@ -1,0 +1,131 @@
+"""trio's own names for sockets and streams, which lead here in runs that have a ring.
+
+* trio makes every socket of its own by calling one name: for `trio.socket.socket` and its like, for accepted
+  connections, for whatever wraps a socket of the standard library. So does anyio, through trio. A `UringSocket` comes
+  from there, unless the caller is in a run without a ring.
+* `trio.SocketStream` stays the class it is; two of its methods are replaced in it. Over a `UringSocket` they do what
+  trio's do with less on the way, and a large buffer is sent by one operation. All other cases are trio's.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import socket as stdlib_socket
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+from trio.lowlevel import enable_ki_protection
+
+from . import _mount, _trio_internals
+from ._core import _this_thread
+from ._registered import STREAM_BUFFER_SIZE
+from ._socket import PLAIN, RECV_SELECTING, SEND_UNCOUNTED, UringSocket
+from ._structs import CHARS, from_buffer
+
+if TYPE_CHECKING:
+    from ._core import UringIOManager
+
+_RECEIVE_SIZE: Final = 65536  # what a stream asks for if it is not told
+_NOT_OPEN: Final = frozenset({errno.EBADF, errno.ENOTSOCK})
+
+_stock_receive_some: Final = trio.SocketStream.receive_some
+_stock_send_all: Final = trio.SocketStream.send_all
+
+
+def _stream_error(exc: OSError) -> Exception:
+    if exc.errno in _NOT_OPEN:
+        return trio.ClosedResourceError("this socket was already closed")
+    return trio.BrokenResourceError(f"socket connection broken: {exc}")
+
+
+@enable_ki_protection
+async def _receive_some(self: trio.SocketStream, max_bytes: int | None = None) -> bytes:
+    """See `trio.SocketStream`."""
+    socket: Any = self.socket
+    manager = _this_thread.manager
+    if max_bytes is None:
+        max_bytes = _RECEIVE_SIZE
+    if type(socket) is UringSocket and manager.carries_sockets and socket.starts_waiting(max_bytes):
+        try:
+            data = await manager.receive(RECV_SELECTING, socket._sock.fileno(), max_bytes)
+        except OSError as exc:
+            raise _stream_error(exc) from exc
+        if data is not None:
+            socket.more = len(data) == STREAM_BUFFER_SIZE
+            return data
+    return await _stock_receive_some(self, max_bytes)
+
+
+async def _send_whole(manager: UringIOManager, fd: int, data: bytes | bytearray | memoryview) -> int:
+    """Returns early only if it is cancelled."""
+    return await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1, stdlib_socket.MSG_WAITALL)
+
+
+@enable_ki_protection
+async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryview) -> None:
+    """See `trio.SocketStream`."""
+    socket: Any = self.socket
+    manager = _this_thread.manager
+    if type(socket) is not UringSocket or not manager.carries_sockets or type(data) not in PLAIN or not data:
+        await _stock_send_all(self, data)
+        return
+    fd = socket._sock.fileno()
+    if socket.did_shutdown_SHUT_WR or manager.is_busy("write", fd):
+        await _stock_send_all(self, data)
+        return
+    with _trio_internals.sending(self):
+        try:
+            sent = await socket.send(data) if manager.lone else await _send_whole(manager, fd, data)
+            while sent < len(data):
+                sent += await _send_whole(manager, fd, memoryview(data)[sent:])
+        except OSError as exc:
+            raise _stream_error(exc) from exc
+
+
+class _AlsoOurs(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _trio_internals.TrioSocket)
+
+
+class _SocketMaker(metaclass=_AlsoOurs):
+    """Stands in the place of trio's class: its instances are that class's."""
+
+    def __new__(cls, sock: stdlib_socket.socket) -> Any:
+        """Outside of any run nobody knows yet who will use it."""
+        wanted = _this_thread.manager.carries_sockets or not trio.lowlevel.in_trio_run()
+        return (UringSocket if wanted else _trio_internals.TrioSocket)(sock)
+
+
+class _SocketDoor:
+    """The name by which trio makes its sockets."""
+
+    def open(self) -> None:
+        _trio_internals.set_socket_maker(_SocketMaker)
+
+    def close(self) -> None:
+        if _trio_internals.socket_maker() is _SocketMaker:
+            _trio_internals.set_socket_maker(_trio_internals.TrioSocket)
+
+
+class _MethodDoor:
+    """A method of `trio.SocketStream`."""
+
+    def __init__(self, name: str, stock: Any, ours: Any) -> None:
+        self._name = name
+        self._stock = stock
+        self._ours = functools.wraps(stock)(ours)
+
+    def open(self) -> None:
+        setattr(trio.SocketStream, self._name, self._ours)
+
+    def close(self) -> None:
+        if vars(trio.SocketStream).get(self._name) is self._ours:
+            setattr(trio.SocketStream, self._name, self._stock)
+
+
+if _trio_internals.SOCKETS_HAVE_A_DOOR:
+    _mount.doors.append(_SocketDoor())
+_mount.doors.append(_MethodDoor("receive_some", _stock_receive_some, _receive_some))
+if _trio_internals.STREAMS_TELL_WHO_SENDS:
+    _mount.doors.append(_MethodDoor("send_all", _stock_send_all, _send_all))
