@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from . import _streams as _streams  # which puts trio's sockets and streams on the ring
-from . import lowlevel
+from . import lowlevel, socket
 from ._binary_files import AsyncFile
 from ._core import UringStatistics
 from ._errors import FallbackWarning, RingError, UnavailableError, UnsupportedOperation
 from ._files import aligned_buffer, open_file
 from ._mount import run, statistics
+from ._net import open_tcp_listeners, open_tcp_stream, open_unix_socket, serve_tcp
 from ._path import Path
 from ._ring import Capabilities, RingConfig, capabilities, is_available, why_not
 from ._routes import install, uninstall
@@ -32,10 +33,15 @@ __all__ = [
     "is_available",
     "lowlevel",
     "open_file",
+    "open_tcp_listeners",
+    "open_tcp_stream",
+    "open_unix_socket",
     "read_file",
     "read_files",
     "run",
     "send_file",
+    "serve_tcp",
+    "socket",
     "statistics",
     "uninstall",
     "why_not",

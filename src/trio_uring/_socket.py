@@ -32,7 +32,7 @@ from ._registered import STREAM_BUFFER_SIZE
 from ._sockaddr import encode_address
 from ._socket_ops import ACCEPT, CONNECT, RECV, SEND
 from ._structs import CHARS, address_of, from_buffer, new, new_address
-from ._trio_internals import CAN_RESOLVE, SocketBase
+from ._trio_internals import CAN_RESOLVE, SocketBase, TrioSocket
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -119,7 +119,7 @@ class UringSocket(SocketBase):
         return self._sock.detach()
 
     @enable_ki_protection
-    async def accept(self) -> tuple[UringSocket, Any]:
+    async def accept(self) -> tuple[trio.socket.SocketType, Any]:
         """As `socket.socket.accept`. IORING_OP_ACCEPT, Linux 5.5.
 
         An accept that wins against its cancel returns its connection; none is leaked or dropped.
@@ -128,7 +128,7 @@ class UringSocket(SocketBase):
         family = sock.family
         if not manager.carries_sockets or family not in _KNOWN_FAMILIES or manager.is_busy("read", sock.fileno()):
             accepted, address = await super().accept()
-            return (accepted if isinstance(accepted, UringSocket) else UringSocket(accepted._sock)), address
+            return on_the_ring(accepted), address
         storage, size = keep = new_address()
         flags = stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC
         fd, address = await manager.perform(_ACCEPT_UNCOUNTED, sock.fileno(), address_of(size), storage, 0, flags, keep)
@@ -209,3 +209,8 @@ class UringSocket(SocketBase):
     recvfrom_into = _tried_first(stdlib_socket.socket.recvfrom_into, trio.lowlevel.wait_readable)
     recvmsg = _tried_first(stdlib_socket.socket.recvmsg, trio.lowlevel.wait_readable)
     recvmsg_into = _tried_first(stdlib_socket.socket.recvmsg_into, trio.lowlevel.wait_readable)
+
+
+def on_the_ring(sock: trio.socket.SocketType) -> trio.socket.SocketType:
+    """trio's socket as one of ours. Those of a custom socket factory stay what they are."""
+    return UringSocket(sock._sock) if type(sock) is TrioSocket else sock  # type: ignore[attr-defined]

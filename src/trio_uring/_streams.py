@@ -15,7 +15,7 @@ import socket as stdlib_socket
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
-from trio.lowlevel import enable_ki_protection
+from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, enable_ki_protection
 
 from . import _mount, _trio_internals
 from ._core import _this_thread
@@ -76,7 +76,15 @@ async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryvie
         return
     with _trio_internals.sending(self):
         try:
-            sent = await socket.send(data) if manager.lone else await _send_whole(manager, fd, data)
+            sent = 0
+            if manager.lone:
+                await checkpoint_if_cancelled()
+                try:
+                    sent = socket._sock.send(data)
+                except BlockingIOError:
+                    pass
+                if sent == len(data):
+                    await cancel_shielded_checkpoint()
             while sent < len(data):
                 sent += await _send_whole(manager, fd, memoryview(data)[sent:])
         except OSError as exc:
