@@ -31,7 +31,8 @@ from ._core import _this_thread
 from ._registered import STREAM_BUFFER_SIZE
 from ._sockaddr import encode_address
 from ._socket_ops import ACCEPT, CONNECT, RECV, SEND
-from ._structs import CHARS, address_of, from_buffer, new, new_address
+from ._structs import CHARS, address_of, from_buffer, new_address
+from ._structs import new as new_struct
 from ._trio_internals import CAN_RESOLVE, SocketBase, TrioSocket
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ _CONNECT_UNCOUNTED: Final = replace(CONNECT, counted=False)
 
 _KNOWN_FAMILIES: Final = frozenset({stdlib_socket.AF_INET, stdlib_socket.AF_INET6, stdlib_socket.AF_UNIX})
 """Those whose addresses we show as the standard library does."""
+
+_ACCEPT_FLAGS: Final = stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC
 
 PLAIN: Final = frozenset({bytes, bytearray})
 """Types of buffers about which there is nothing to ask."""
@@ -87,8 +90,10 @@ def _tried_first(
     return method
 
 
+_accept_trying: Final = _tried_first(stdlib_socket.socket.accept, trio.lowlevel.wait_readable)
 _recv_trying: Final = _tried_first(stdlib_socket.socket.recv, trio.lowlevel.wait_readable)
 _recv_into_trying: Final = _tried_first(stdlib_socket.socket.recv_into, trio.lowlevel.wait_readable)
+_sendto_trying: Final = _tried_first(stdlib_socket.socket.sendto, trio.lowlevel.wait_writable)
 _send_trying: Final = _tried_first(stdlib_socket.socket.send, trio.lowlevel.wait_writable)
 
 
@@ -119,20 +124,31 @@ class UringSocket(SocketBase):
         return self._sock.detach()
 
     @enable_ki_protection
-    async def accept(self) -> tuple[trio.socket.SocketType, Any]:
+    async def accept(self) -> tuple[UringSocket, Any]:
         """As `socket.socket.accept`. IORING_OP_ACCEPT, Linux 5.5.
 
         An accept that wins against its cancel returns its connection; none is leaked or dropped.
         """
-        manager, sock = _this_thread.manager, self._sock
-        family = sock.family
-        if not manager.carries_sockets or family not in _KNOWN_FAMILIES or manager.is_busy("read", sock.fileno()):
-            accepted, address = await super().accept()
-            return on_the_ring(accepted), address
-        storage, size = keep = new_address()
-        flags = stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC
-        fd, address = await manager.perform(_ACCEPT_UNCOUNTED, sock.fileno(), address_of(size), storage, 0, flags, keep)
-        return UringSocket(stdlib_socket.socket(family, sock.type, sock.proto, fd)), address
+        sock, manager = self._sock, _this_thread.manager
+        fd = sock.fileno()
+        if (
+            self.more
+            or not manager.carries_sockets
+            or sock.family not in _KNOWN_FAMILIES
+            or manager.is_busy("read", fd)
+        ):
+            self.more = False
+            new, address = await _accept_trying(self)
+        else:
+            storage, size = keep = new_address()
+            fd, address = await manager.perform(
+                _ACCEPT_UNCOUNTED, fd, address_of(size), storage, 0, _ACCEPT_FLAGS, keep
+            )
+            new = stdlib_socket.socket(sock.family, sock.type, sock.proto, fd)
+        self.more = True
+        accepted = UringSocket(new)
+        accepted.more = True
+        return accepted, address
 
     @enable_ki_protection
     async def connect(self, address: Any) -> None:
@@ -152,7 +168,7 @@ class UringSocket(SocketBase):
             except (TypeError, ValueError):
                 await super().connect(address)  # which knows the error for it
                 return
-            await manager.perform(_CONNECT_UNCOUNTED, sock.fileno(), len(raw), new(CHARS, raw))
+            await manager.perform(_CONNECT_UNCOUNTED, sock.fileno(), len(raw), new_struct(CHARS, raw))
         except trio.Cancelled:
             self.close()
             raise
@@ -203,6 +219,15 @@ class UringSocket(SocketBase):
             if not manager.is_busy("write", fd):
                 return await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1)
         count: int = await _send_trying(self, data, flags)
+        return count
+
+    @enable_ki_protection
+    async def sendto(self, *args: Any) -> int:
+        """As `socket.socket.sendto`."""
+        if not CAN_RESOLVE:
+            return await super().sendto(*args)  # type: ignore[no-any-return]
+        *before, address = args
+        count: int = await _sendto_trying(self, *before, await self.resolve(address))
         return count
 
     recvfrom = _tried_first(stdlib_socket.socket.recvfrom, trio.lowlevel.wait_readable)
