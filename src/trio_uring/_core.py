@@ -834,7 +834,8 @@ class UringIOManager:
 
     def is_busy(self, direction: str, fd: int) -> bool:
         """Does a task use this direction of the fd?"""
-        return any(other.occupies(direction, fd) for other in self._by_fd.get(fd, ()))
+        siblings = self._by_fd.get(fd)
+        return siblings is not None and any(other.occupies(direction, fd) for other in siblings)
 
     def siblings_of(self, fd: int) -> set[Operation]:
         """The operations on an fd."""

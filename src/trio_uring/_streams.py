@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import functools
 import socket as stdlib_socket
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import trio
 from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, enable_ki_protection
@@ -23,11 +23,10 @@ from ._registered import STREAM_BUFFER_SIZE
 from ._socket import PLAIN, RECV_SELECTING, SEND_UNCOUNTED, UringSocket
 from ._structs import CHARS, from_buffer
 
-if TYPE_CHECKING:
-    from ._core import UringIOManager
-
 _RECEIVE_SIZE: Final = 65536  # what a stream asks for if it is not told
 _NOT_OPEN: Final = frozenset({errno.EBADF, errno.ENOTSOCK})
+
+_WHOLE: Final = stdlib_socket.MSG_WAITALL  # returns early only if it is cancelled
 
 _stock_receive_some: Final = trio.SocketStream.receive_some
 _stock_send_all: Final = trio.SocketStream.send_all
@@ -57,11 +56,6 @@ async def _receive_some(self: trio.SocketStream, max_bytes: int | None = None) -
     return await _stock_receive_some(self, max_bytes)
 
 
-async def _send_whole(manager: UringIOManager, fd: int, data: bytes | bytearray | memoryview) -> int:
-    """Returns early only if it is cancelled."""
-    return await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1, stdlib_socket.MSG_WAITALL)
-
-
 @enable_ki_protection
 async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryview) -> None:
     """See `trio.SocketStream`."""
@@ -76,17 +70,19 @@ async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryvie
         return
     with _trio_internals.sending(self):
         try:
-            sent = 0
             if manager.lone:
                 await checkpoint_if_cancelled()
                 try:
                     sent = socket._sock.send(data)
                 except BlockingIOError:
-                    pass
+                    sent = 0
                 if sent == len(data):
                     await cancel_shielded_checkpoint()
+            else:
+                sent = await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1, _WHOLE)
             while sent < len(data):
-                sent += await _send_whole(manager, fd, memoryview(data)[sent:])
+                rest = memoryview(data)[sent:]
+                sent += await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, rest), -1, _WHOLE)
         except OSError as exc:
             raise _stream_error(exc) from exc
 
