@@ -27,7 +27,7 @@ import trio
 from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, enable_ki_protection
 
 from ._abi import SQE_BUFFER_SELECT, Opcode
-from ._core import _this_thread
+from ._core import MAX_RW_COUNT, _this_thread
 from ._registered import STREAM_BUFFER_SIZE
 from ._sockaddr import encode_address
 from ._socket_ops import ACCEPT, CONNECT, RECV, SEND
@@ -54,9 +54,15 @@ _ACCEPT_FLAGS: Final = stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC
 PLAIN: Final = frozenset({bytes, bytearray})
 """Types of buffers about which there is nothing to ask."""
 
+_NO_NUMBER: Final = 0
+"""What flags and counts are if nobody gives any. Looked for by identity: None and "" are as false, but errors."""
+
 
 def _is_ordinary(data: Buffer) -> bool:
-    return bool(data) and (type(data) in PLAIN or (type(data) is memoryview and data.contiguous))
+    """Is it something to send, and no more to say about it? Only objects whose truth is known are asked for it."""
+    if type(data) is memoryview:
+        return data.c_contiguous and data.nbytes > 0
+    return type(data) in PLAIN and bool(data)
 
 
 def _tried_first(
@@ -115,13 +121,18 @@ class UringSocket(SocketBase):
         return UringSocket(self._sock.dup())
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        self._tell_waiters()
+        self._sock.close()
 
     def detach(self) -> int:
         """As `socket.socket.detach`. Tasks that wait get `trio.ClosedResourceError`."""
-        if self._sock.fileno() >= 0:
-            trio.lowlevel.notify_closing(self._sock)
+        self._tell_waiters()
         return self._sock.detach()
+
+    def _tell_waiters(self) -> None:
+        """Outside of a run there are none, and as with trio's these two ways to part with a socket are open there."""
+        if self._sock.fileno() >= 0 and trio.lowlevel.in_trio_run():
+            trio.lowlevel.notify_closing(self._sock)
 
     @enable_ki_protection
     async def accept(self) -> tuple[UringSocket, Any]:
@@ -168,22 +179,23 @@ class UringSocket(SocketBase):
             except (TypeError, ValueError):
                 await super().connect(address)  # which knows the error for it
                 return
-            await manager.perform(_CONNECT_UNCOUNTED, sock.fileno(), len(raw), new_struct(CHARS, raw))
+            try:
+                await manager.perform(_CONNECT_UNCOUNTED, sock.fileno(), len(raw), new_struct(CHARS, raw))
+            except OSError as exc:
+                raise OSError(exc.errno, f"Error connecting to {address!r}: {exc.strerror}") from None
         except trio.Cancelled:
             self.close()
             raise
-        except OSError as exc:
-            raise OSError(exc.errno, f"Error connecting to {address!r}: {exc.strerror}") from None
 
     def starts_waiting(self, buflen: int) -> bool:
         """Is a receive of so many bytes to go to the kernel at once?"""
-        return self.streams and not self.more and type(buflen) is int and buflen > 0
+        return self.streams and not self.more and type(buflen) is int and 0 < buflen <= MAX_RW_COUNT
 
     @enable_ki_protection
     async def recv(self, buflen: int, flags: int = 0, /) -> bytes:
         """As `socket.socket.recv`. IORING_OP_RECV, Linux 5.6."""
         manager = _this_thread.manager
-        if manager.carries_sockets and not flags and self.starts_waiting(buflen):
+        if manager.carries_sockets and flags is _NO_NUMBER and self.starts_waiting(buflen):
             received: bytes | None = await manager.receive(RECV_SELECTING, self._sock.fileno(), buflen)
             if received is not None:
                 self.more = len(received) == STREAM_BUFFER_SIZE
@@ -199,8 +211,8 @@ class UringSocket(SocketBase):
         if (
             manager.carries_sockets
             and self.streams
-            and not nbytes
-            and not flags
+            and nbytes is _NO_NUMBER
+            and flags is _NO_NUMBER
             and type(buffer) is bytearray
             and buffer
         ):
@@ -214,7 +226,7 @@ class UringSocket(SocketBase):
     async def send(self, data: Buffer, flags: int = 0, /) -> int:
         """As `socket.socket.send`. IORING_OP_SEND, Linux 5.6."""
         manager = _this_thread.manager
-        if manager.carries_sockets and self.streams and not manager.lone and not flags and _is_ordinary(data):
+        if manager.carries_sockets and self.streams and not manager.lone and flags is _NO_NUMBER and _is_ordinary(data):
             fd = self._sock.fileno()
             if not manager.is_busy("write", fd):
                 return await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1)

@@ -64,11 +64,11 @@ async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryvie
     if type(socket) is not UringSocket or not manager.carries_sockets or type(data) not in PLAIN or not data:
         await _stock_send_all(self, data)
         return
-    fd = socket._sock.fileno()
+    fd = socket.fileno()
     if socket.did_shutdown_SHUT_WR or manager.is_busy("write", fd):
         await _stock_send_all(self, data)
         return
-    with _trio_internals.sending(self):
+    with _trio_internals.sending(self), memoryview(data) as whole:  # of one size until all is sent
         try:
             if manager.lone:
                 await checkpoint_if_cancelled()
@@ -76,13 +76,13 @@ async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryvie
                     sent = socket._sock.send(data)
                 except BlockingIOError:
                     sent = 0
-                if sent == len(data):
+                if sent == len(whole):
                     await cancel_shielded_checkpoint()
             else:
                 sent = await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1, _WHOLE)
-            while sent < len(data):
-                rest = memoryview(data)[sent:]
-                sent += await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, rest), -1, _WHOLE)
+            while sent < len(whole):  # asks for the fd again: after a close, the number may be another's
+                fd = socket.fileno()
+                sent += await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, whole[sent:]), -1, _WHOLE)
         except OSError as exc:
             raise _stream_error(exc) from exc
 
