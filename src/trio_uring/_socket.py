@@ -5,7 +5,8 @@ kernel, which does it when the socket is ready. What that is worth was measured 
 
 * **recv** on a stream goes to the kernel at once, with no memory of its own: the kernel takes one of the ring's buffers
   when there is data. So ten thousand idle connections hold none, and nobody allocates 64 KiB for a message of 64 bytes.
-  What fills such a buffer is followed by more, and that is there: then the plain system call comes first.
+  What fills such a buffer is followed by more, and that is there: then the plain system call comes first. It does for a
+  lone connection, too: the answer to what was just sent is often there before anybody has to sleep.
 * **send** on a stream goes to the kernel at once while there are several connections to serve: one system call submits
   for all of them. For a lone one the plain system call costs less, and comes first.
 * **accept, connect, recv_into** go to the kernel at once.
@@ -187,22 +188,39 @@ class UringSocket(SocketBase):
             self.close()
             raise
 
-    def starts_waiting(self, buflen: int) -> bool:
-        """Is a receive of so many bytes to go to the kernel at once?"""
-        return self.streams and not self.more and type(buflen) is int and 0 < buflen <= MAX_RW_COUNT
+    def may_select(self, buflen: int) -> bool:
+        """Can the kernel be left to choose where to put so many bytes?"""
+        return self.streams and type(buflen) is int and 0 < buflen <= MAX_RW_COUNT
+
+    @enable_ki_protection
+    async def receive_now(self, buflen: int) -> bytes | None:
+        """What is there to receive. None if nothing is; then it was no checkpoint."""
+        await checkpoint_if_cancelled()
+        try:
+            data = self._sock.recv(buflen)
+        except BlockingIOError:
+            return None
+        except BaseException:
+            await cancel_shielded_checkpoint()
+            raise
+        await cancel_shielded_checkpoint()
+        self.more = len(data) >= STREAM_BUFFER_SIZE
+        return data
 
     @enable_ki_protection
     async def recv(self, buflen: int, flags: int = 0, /) -> bytes:
         """As `socket.socket.recv`. IORING_OP_RECV, Linux 5.6."""
         manager = _this_thread.manager
-        if manager.carries_sockets and flags is _NO_NUMBER and self.starts_waiting(buflen):
-            received: bytes | None = await manager.receive(RECV_SELECTING, self._sock.fileno(), buflen)
+        received: bytes | None
+        if manager.carries_sockets and flags is _NO_NUMBER and self.may_select(buflen):
+            if (self.more or manager.lone) and (received := await self.receive_now(buflen)) is not None:
+                return received
+            received = await manager.receive(RECV_SELECTING, self._sock.fileno(), buflen)
             if received is not None:
                 self.more = len(received) == STREAM_BUFFER_SIZE
                 return received
-        data: bytes = await _recv_trying(self, buflen, flags)
-        self.more = len(data) >= STREAM_BUFFER_SIZE
-        return data
+        received = await _recv_trying(self, buflen, flags)
+        return received
 
     @enable_ki_protection
     async def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:

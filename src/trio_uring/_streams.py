@@ -45,14 +45,17 @@ async def _receive_some(self: trio.SocketStream, max_bytes: int | None = None) -
     manager = _this_thread.manager
     if max_bytes is None:
         max_bytes = _RECEIVE_SIZE
-    if type(socket) is UringSocket and manager.carries_sockets and socket.starts_waiting(max_bytes):
+    if type(socket) is UringSocket and manager.carries_sockets and socket.may_select(max_bytes):
+        received: bytes | None
         try:
-            data = await manager.receive(RECV_SELECTING, socket._sock.fileno(), max_bytes)
+            if (socket.more or manager.lone) and (received := await socket.receive_now(max_bytes)) is not None:
+                return received
+            received = await manager.receive(RECV_SELECTING, socket._sock.fileno(), max_bytes)
         except OSError as exc:
             raise _stream_error(exc) from exc
-        if data is not None:
-            socket.more = len(data) == STREAM_BUFFER_SIZE
-            return data
+        if received is not None:
+            socket.more = len(received) == STREAM_BUFFER_SIZE
+            return received
     return await _stock_receive_some(self, max_bytes)
 
 
