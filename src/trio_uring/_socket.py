@@ -197,7 +197,7 @@ class UringSocket(SocketBase):
         """What is there to receive. None if nothing is; then it was no checkpoint."""
         await checkpoint_if_cancelled()
         try:
-            data = self._sock.recv(buflen)
+            data = self._sock.recv(buflen, stdlib_socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except BaseException:
@@ -241,11 +241,26 @@ class UringSocket(SocketBase):
         return count
 
     @enable_ki_protection
+    async def send_now(self, data: Buffer) -> int:
+        """Sends what there is room for. 0 if there is none; then it was no checkpoint."""
+        await checkpoint_if_cancelled()
+        try:
+            sent = self._sock.send(data, stdlib_socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except BaseException:
+            await cancel_shielded_checkpoint()
+            raise
+        await cancel_shielded_checkpoint()
+        return sent
+
+    @enable_ki_protection
     async def send(self, data: Buffer, flags: int = 0, /) -> int:
         """As `socket.socket.send`. IORING_OP_SEND, Linux 5.6."""
-        manager = _this_thread.manager
-        if manager.carries_sockets and self.streams and not manager.lone and flags is _NO_NUMBER and _is_ordinary(data):
-            fd = self._sock.fileno()
+        manager, fd = _this_thread.manager, self._sock.fileno()
+        if manager.carries_sockets and self.streams and flags is _NO_NUMBER and _is_ordinary(data):
+            if manager.lone and (sent := await self.send_now(data)):
+                return sent
             if not manager.is_busy("write", fd):
                 return await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1)
         count: int = await _send_trying(self, data, flags)

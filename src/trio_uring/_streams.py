@@ -15,7 +15,7 @@ import socket as stdlib_socket
 from typing import Any, Final
 
 import trio
-from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, enable_ki_protection
+from trio.lowlevel import enable_ki_protection
 
 from . import _mount, _trio_internals
 from ._core import _this_thread
@@ -74,13 +74,7 @@ async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryvie
     with _trio_internals.sending(self), memoryview(data) as whole:  # of one size until all is sent
         try:
             if manager.lone:
-                await checkpoint_if_cancelled()
-                try:
-                    sent = socket._sock.send(data)
-                except BlockingIOError:
-                    sent = 0
-                if sent == len(whole):
-                    await cancel_shielded_checkpoint()
+                sent = await socket.send_now(data)
             else:
                 sent = await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1, _WHOLE)
             while sent < len(whole):  # asks for the fd again: after a close, the number may be another's

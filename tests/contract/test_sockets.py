@@ -1,4 +1,4 @@
-"""Sockets on the ring do what trio's do: each scenario runs under stock trio as well, and what comes of it is compared."""
+"""Sockets on the ring do what trio's do: each scenario runs under stock trio as well, and what comes is compared."""
 
 from __future__ import annotations
 
