@@ -337,8 +337,6 @@ class UringIOManager:
             if self._owner is not None:
                 return self._wait_in_worker(timeout)
             self.own_ring()
-        if self._stream_buffers is not None:
-            self._stream_buffers.give_back_spent()
         events = self.ring.tick(timeout)
         self._now = 0.0
         if events:

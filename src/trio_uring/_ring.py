@@ -63,6 +63,7 @@ SQE_ADDR_AT: Final = 2  # the addr field, in units of 8 bytes
 
 _fill_buffer: Final = struct.Struct("<QIH").pack_into  # not the last field: in the first entry it is the ring's tail
 _BUFFER_SIZE: Final = 16
+_COPIED_SHIFT: Final = 4  # a sixteenth of the buffers may be ours, so that there are some to give back at once
 
 _NEUTRALISED: Final = lib.TU_NEUTRALISED
 _tick: Final = lib.tu_tick
@@ -646,7 +647,7 @@ class BufferRing:
         self._address = int(ffi.cast("uintptr_t", self._memory_pin))
         self._tail = 0
         self._used = [0] * count
-        self._spent: list[int] = []
+        self._copied: list[int] = []
         self.view = memoryview(self._memory)
         try:
             ring.register_buffer_ring(self._entries_pin, count, group, PBUF_RING_INC if incremental else 0)
@@ -674,21 +675,18 @@ class BufferRing:
         return buffer, start, True
 
     def copy(self, flags: int, length: int) -> bytes:
-        """A copy of what a CQE with ``flags`` has received. The buffer goes back with `give_back_spent`. For buffers
+        """A copy of what a CQE with ``flags`` has received; the buffer goes back, together with others. For buffers
         that are not consumed incrementally.
         """
         buffer = flags >> CQE_BUFFER_SHIFT
-        self._spent.append(buffer)
         start = buffer * self.size
-        return self._memory[start : start + length]
-
-    def give_back_spent(self) -> None:
-        """The kernel may use the buffers again whose data was copied."""
-        spent = self._spent
-        if spent:
-            self.out += len(spent)
-            self.give_back(spent)
-            spent.clear()
+        data = self._memory[start : start + length]
+        self.out += 1
+        self._copied.append(buffer)
+        if len(self._copied) >= self.count >> _COPIED_SHIFT:
+            self.give_back(self._copied)
+            self._copied.clear()
+        return data
 
     def give_back(self, buffers: Collection[int]) -> None:
         """The kernel may use them again."""
