@@ -317,7 +317,7 @@ class TextFile(AsyncFile):
 
     async def _readline(self, limit: int) -> str:
         line = self._line_of_chunk(limit)
-        if line or (limit == 0 and self._chunk is not None and self._chars.tell() < len(self._chunk.text)):
+        if line or (limit == 0 and self._chunk is not None and self._chunk.text):
             return line
         text = self._chars.read()
         pieces = [text]

@@ -1544,3 +1544,13 @@ async def test_a_line_that_has_gone_leaves_nothing_to_write(bench: Bench) -> Non
     async with nothing_submitted():
         await file.aclose()
     assert os.read(read_end, 9) == b"line\n"
+
+
+async def test_a_line_of_no_characters_reads_no_further(bench: Bench) -> None:
+    path = bench.path(bytes(20_000))
+    async with await open_file(path, "r+", encoding="latin-1") as file:
+        assert len(await file.read(8192)) == 8192  # just what is decoded at once
+        assert await file.readline(0) == ""
+        await file.write("x")
+        assert await file.tell() == 8193
+    assert path.read_bytes().index(b"x") == 8192
