@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import _pipes as _pipes  # which puts trio's streams over fds on the ring
 from . import _streams as _streams  # which puts trio's sockets and streams on the ring
 from . import lowlevel, socket
 from ._binary_files import AsyncFile

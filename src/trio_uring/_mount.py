@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
@@ -47,12 +48,33 @@ class Door(Protocol):
         """Puts trio's back."""
 
 
+class MethodDoor:
+    """A method of a class of trio's. What stands there when it closes is put back only if it is ours."""
+
+    def __init__(self, owner: type[Any], name: str, stock: Any, ours: Any) -> None:
+        self._owner = owner
+        self._name = name
+        self._stock = stock
+        self._ours = functools.wraps(stock)(ours)
+
+    def open(self) -> None:
+        """Puts ours in the place of trio's."""
+        setattr(self._owner, self._name, self._ours)
+
+    def close(self) -> None:
+        """Puts trio's back."""
+        if vars(self._owner).get(self._name) is self._ours:
+            setattr(self._owner, self._name, self._stock)
+
+
 doors: Final[list[Door]] = []
-"""Those that are open while somebody wants rings."""
+"""Those that are open while somebody wants rings, and while there are runs that have one."""
 
 _requests: Final = _Requests()
 _lock: Final = threading.Lock()
 _users = 0
+_rings = 0
+_doors_are_open = False
 _installed: RingConfig | None = None
 _stock: type[Any] = _trio_internals.io_manager_class()
 
@@ -73,10 +95,20 @@ class TheIOManager(UringIOManager):
                 raise
             _warn(exc.strerror or str(exc))
             return _stock()
+        _add_ring(1)
         return manager
 
     def __init__(self) -> None:
         """`__new__` has done it: whether there can be a ring decides which class is made."""
+
+    def close(self) -> None:
+        """See `UringIOManager`. Callable more than once."""
+        first = not self.closed
+        try:
+            super().close()
+        finally:
+            if first:
+                _add_ring(-1)
 
 
 def _warn(reason: str) -> None:
@@ -107,12 +139,24 @@ def _add_user(n: int) -> None:
             _trio_internals.set_io_manager_class(TheIOManager)
         elif _users == 0 and current is TheIOManager:
             _trio_internals.set_io_manager_class(_stock)
-        if _users == n == 1:
-            for door in doors:
-                door.open()
-        elif _users == 0 != n:
-            for door in doors:
-                door.close()
+        _see_to_doors()
+
+
+def _add_ring(n: int) -> None:
+    """Counts the runs that have a ring: they may outlast whoever wanted it."""
+    global _rings
+    with _lock:
+        _rings += n
+        _see_to_doors()
+
+
+def _see_to_doors() -> None:
+    global _doors_are_open
+    wanted = _users > 0 or _rings > 0
+    if wanted != _doors_are_open:
+        _doors_are_open = wanted
+        for door in doors:
+            door.open() if wanted else door.close()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import socket as stdlib_socket
 from typing import Any, Final
 
@@ -109,24 +108,8 @@ class _SocketDoor:
             _trio_internals.set_socket_maker(_trio_internals.TrioSocket)
 
 
-class _MethodDoor:
-    """A method of `trio.SocketStream`."""
-
-    def __init__(self, name: str, stock: Any, ours: Any) -> None:
-        self._name = name
-        self._stock = stock
-        self._ours = functools.wraps(stock)(ours)
-
-    def open(self) -> None:
-        setattr(trio.SocketStream, self._name, self._ours)
-
-    def close(self) -> None:
-        if vars(trio.SocketStream).get(self._name) is self._ours:
-            setattr(trio.SocketStream, self._name, self._stock)
-
-
 if _trio_internals.SOCKETS_HAVE_A_DOOR:
     _mount.doors.append(_SocketDoor())
-_mount.doors.append(_MethodDoor("receive_some", _stock_receive_some, _receive_some))
+_mount.doors.append(_mount.MethodDoor(trio.SocketStream, "receive_some", _stock_receive_some, _receive_some))
 if _trio_internals.STREAMS_TELL_WHO_SENDS:
-    _mount.doors.append(_MethodDoor("send_all", _stock_send_all, _send_all))
+    _mount.doors.append(_mount.MethodDoor(trio.SocketStream, "send_all", _stock_send_all, _send_all))

@@ -160,7 +160,11 @@ def set_socket_maker(maker: Any) -> None:
     _socket._SocketType = maker  # type: ignore[misc]
 
 
-def sending(stream: trio.SocketStream) -> AbstractContextManager[None]:
-    """Lets nobody else send on the stream. See `STREAMS_TELL_WHO_SENDS`."""
+FD_STREAMS_TELL_WHO_SENDS: Final = "_send_conflict_detector" in trio.lowlevel.FdStream.__init__.__code__.co_names
+"""The same of `trio.lowlevel.FdStream`."""
+
+
+def sending(stream: trio.SocketStream | trio.lowlevel.FdStream) -> AbstractContextManager[None]:
+    """Lets nobody else send on the stream. See `STREAMS_TELL_WHO_SENDS` and `FD_STREAMS_TELL_WHO_SENDS`."""
     detector: AbstractContextManager[None] = stream._send_conflict_detector
     return detector

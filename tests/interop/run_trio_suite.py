@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 SECONDS = 900
 FILES = {"open_file", "Path.open", "Path.mkdir", "Path.write_bytes", "Path.is_dir", "Path.is_file"}
 """What of the file API trio's tests use, and the ring has."""
-SOCKETS = {"accept", "connect", "recv", "send", "wait_readable", "wait_writable"}
-"""The operations that trio's tests of sockets and streams come to."""
+SOCKETS = {"accept", "connect", "recv", "send", "wait_readable", "wait_writable", "write"}
+"""The operations that trio's tests of sockets, streams and pipes come to."""
 
 
 def run_suite(*, ring: bool, arguments: list[str]) -> dict[str, Any]:

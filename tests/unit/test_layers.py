@@ -27,7 +27,7 @@ LAYERS: Final = (
     {"_batch"},
     {"_binary_files"},
     {"_text_files"},
-    {"_files", "_socket", "_whole_files"},
+    {"_files", "_pipes", "_socket", "_whole_files"},
     {"_path"},
     {"_routes", "_streams"},
     {"_net"},
