@@ -44,6 +44,7 @@ from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled, enabl
 from ._core import MAX_RW_COUNT, _this_thread
 from ._errors import UnsupportedOperation as MissingInKernel
 from ._file_ops import READ, WRITE, fadvise, fallocate, fdatasync, fsync, ftruncate, readv, writev
+from ._page_cache import GUESS, read_cached
 from ._structs import CHARS, from_buffer
 
 if TYPE_CHECKING:
@@ -254,8 +255,9 @@ class AsyncFile(trio.abc.AsyncResource):
     the task that reads gets `trio.ClosedResourceError`.
 
     **Checkpoints.** Every async method is one, with an exception: a call that the buffer can serve (a line that has
-    been read already, a small write) returns at once. The first of every hundred looks at the clock: if the last
-    checkpoint was more than a millisecond ago, it is one. In a cancelled scope a write is cancelled all the same.
+    been read already, a small write), or for a small file just opened the page cache (a ``read()`` of all of it),
+    returns at once. The first of every hundred looks at the clock: if the last checkpoint was more than a millisecond
+    ago, it is one. In a cancelled scope such a write, and such a ``read()``, is cancelled all the same.
 
     **Cancelling.** A cancelled read loses nothing: what had come is there for the next one, on a pipe, too. A cancelled
     write has taken nothing of its data. If a part of it is in the file already it is not cancelled any more: the buffer
@@ -514,6 +516,7 @@ class RawFile(AsyncFile):
         fd: open, and its own from now on.
         status: what `os.fstat` says of it.
         name, mode, closefd: as `io.FileIO` has them.
+        just_opened: through the ring, by its name.
     """
 
     __slots__ = (
@@ -534,7 +537,7 @@ class RawFile(AsyncFile):
         "_writable",
     )
 
-    def __init__(self, fd: int, status: os.stat_result, name: Any, mode: str, closefd: bool) -> None:
+    def __init__(self, fd: int, status: os.stat_result, name: Any, mode: str, closefd: bool, just_opened: bool) -> None:
         self._fd = fd
         self._raw = self
         self._turn = Turn()
@@ -545,7 +548,7 @@ class RawFile(AsyncFile):
         self._writable = "r" not in mode or "+" in mode
         self._regular = stat.S_ISREG(status.st_mode)
         self._seekable: bool | None = True if self._regular else None
-        self._size = status.st_size if self._regular and closefd and isinstance(name, (str, bytes)) else 0
+        self._size = status.st_size if self._regular and just_opened else 0
         self._block_size = status.st_blksize if status.st_blksize > 1 else io.DEFAULT_BUFFER_SIZE
         self._ahead = _EMPTY
         self._ahead_left = 0
@@ -715,6 +718,18 @@ class RawFile(AsyncFile):
         if self._log is not None:
             self._log.append((buffer, start, count))
         return cast("int", count)
+
+    async def _fetch_small_file(self) -> bytes | None:
+        """All of a file that has just been opened, if that is little and need not be waited for."""
+        if not 0 < self._size < GUESS or self._ahead_left:
+            return None
+        await checkpoint_if_cancelled()
+        start = os.lseek(self._fd, 0, os.SEEK_CUR)
+        content, _ = read_cached(self._fd, start)
+        if content is not None:
+            self._size = 0
+            os.lseek(self._fd, start + len(content), os.SEEK_SET)
+        return content
 
     async def _read_all(self) -> bytes:
         size = self._size_left()
@@ -1031,7 +1046,9 @@ class Buffered(AsyncFile):
         before = self._take_window()
         if self._pending:
             await self._drain()
-        data = await self._raw._read_all()
+        data = await self._raw._fetch_small_file()
+        if data is None:
+            data = await self._raw._read_all()
         return before + data if before else data
 
     async def _read1(self, size: int) -> bytes:

@@ -204,13 +204,13 @@ async def open_file(
         await _on_a_ring()
         if file < 0:
             raise ValueError("negative file descriptor")
-        raw = _raw_file(int(file), name, plan, closefd)
+        raw = _raw_file(int(file), name, plan, closefd, False)
     elif not closefd:
         raise ValueError("Cannot use closefd=False with file name")
     else:
         fd = await (_open(name, plan.flags) if opener is None else _open_with(opener, name, plan.flags))
         try:
-            raw = _raw_file(fd, name, plan, True)
+            raw = _raw_file(fd, name, plan, True, opener is None)
         except BaseException:
             os.close(fd)
             raise
@@ -245,12 +245,12 @@ async def _open(path: str | bytes, flags: int) -> int:
     return fd
 
 
-def _raw_file(fd: int, name: Any, plan: _Plan, closefd: bool) -> RawFile:
+def _raw_file(fd: int, name: Any, plan: _Plan, closefd: bool, just_opened: bool) -> RawFile:
     """The raw file; the fd stays the caller's if this raises."""
     status = os.fstat(fd)
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
-    raw = RawFile(fd, status, name, plan.raw_mode, closefd)
+    raw = RawFile(fd, status, name, plan.raw_mode, closefd, just_opened)
     if plan.flags & os.O_APPEND and raw.seekable():
         os.lseek(fd, 0, os.SEEK_END)
     return raw

@@ -1,13 +1,12 @@
 """Whole files: read, written, copied or sent with one call.
 
 The data path of `read_file`: the ring opens the file, which is the only wake-up there has to be. What the page cache
-has is then read at once, with a read that refuses to wait (``RWF_NOWAIT``), and the file is closed. What it has not, or
+has is then read at once, with a read that refuses to wait (`_page_cache`), and the file is closed. What it has not, or
 what is more than `GUESS` bytes, is read through the ring, in pieces of at most `PIECE` bytes. `read_files` does this
 for many files in one step, with batches. `copy_file` and `send_file` move pages through a pipe; a copy is chains of
 which each step fills the pipe or empties it.
 
-Who owns what: a call owns its fds, each of which a `_Closing` closes however the call ends. Between two awaits, and
-only there, `_scratch` is whoever's reads into it.
+Who owns what: a call owns its fds, each of which a `_Closing` closes however the call ends.
 
 Facts, and what follows from them:
 
@@ -39,7 +38,6 @@ import secrets
 import shutil
 import stat
 import struct
-import threading
 from collections import deque
 from functools import partial
 from itertools import islice, repeat
@@ -54,6 +52,7 @@ from ._core import HasFileno, number_of
 from ._errors import ChainBrokenError, UnavailableError, UnsupportedOperation, os_error
 from ._file_ops import close, fsync, ftruncate, openat, read, renameat2, statx, sync_file_range, unlinkat, write
 from ._other_ops import splice
+from ._page_cache import GUESS, read_cached
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -64,9 +63,6 @@ if TYPE_CHECKING:
     from ._structs import StrOrBytesPath
 
 PathT = TypeVar("PathT", bound="StrOrBytesPath")
-
-GUESS: Final = 1 << 16
-"""How large a file may be to be read at once."""
 
 PIECE: Final = 1 << 22
 """How many bytes are read or written with one operation: for so long, other tasks wait or a cancel has to."""
@@ -83,24 +79,11 @@ CHAIN_SECONDS: Final = 0.1
 CLONE: Final = 1 << 24
 """How many bytes are cloned at a time."""
 
-_RWF_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)  # a Python built without preadv2(2), on older Alpine, lacks it
 _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _MAX_OFFSET: Final = (1 << 63) - 1
 _MAX_LINKS: Final = 40  # as in the kernel
 _FICLONERANGE: Final = 0x4020940D
 _WRITE_OUT: Final = 7  # SYNC_FILE_RANGE_WAIT_BEFORE, WRITE and WAIT_AFTER
-
-
-class _Scratch(threading.local):
-    """Memory to read small files into. No await while something in it is wanted."""
-
-    def __init__(self) -> None:
-        self.memory = memoryview(bytearray(GUESS))
-        self.buffers = [self.memory]
-        self.one_byte = [bytearray(1)]
-
-
-_scratch: Final = _Scratch()
 
 
 class _Closing:
@@ -157,7 +140,7 @@ async def read_file(path: StrOrBytesPath) -> bytes:
     raises `trio.Cancelled`; the file is closed.
     """
     fd = await openat(path, os.O_RDONLY)
-    content, closes_at_once = _read_at_once(fd)
+    content, closes_at_once = read_cached(fd, 0)
     if content is not None:
         os.close(fd)
         return content
@@ -173,23 +156,6 @@ def _name(exc: OSError, path: StrOrBytesPath) -> None:
     """The error is about this file, as the caller calls it; or about the ring."""
     if not isinstance(exc, (UnavailableError, UnsupportedOperation)):
         exc.filename, exc.filename2 = os.fspath(path), None
-
-
-def _read_at_once(fd: int) -> tuple[bytes | None, bool]:
-    """The content of a small file that is in the page cache; and whether the file is one that never waits when it
-    is asked not to.
-    """
-    scratch = _scratch
-    if not _RWF_NOWAIT:
-        return None, False
-    try:
-        n = os.preadv(fd, scratch.buffers, 0, _RWF_NOWAIT)
-        # A short read may be all that is in the cache. The end of the file is where nothing is read.
-        if n == GUESS or os.preadv(fd, scratch.one_byte, n, _RWF_NOWAIT) != 0:
-            return None, True
-    except OSError as exc:  # what is really wrong the ring's read will say
-        return None, exc.errno == errno.EAGAIN
-    return scratch.memory[:n].tobytes(), True
 
 
 class _Filling:
@@ -380,7 +346,7 @@ async def _read_those_that_fit(opened: list[int | OSError], max_bytes: int, fds:
         if isinstance(fd, OSError):
             results.append(fd)
             continue
-        content, closes_at_once = _read_at_once(fd)
+        content, closes_at_once = read_cached(fd, 0)
         if content is None:
             filling = _Filling(fd)
             size, is_certain = filling.expected, filling.is_sized

@@ -40,11 +40,13 @@ from trio_uring import (
     _binary_files,
     _file_ops,
     _files,
+    _page_cache,
     aligned_buffer,
     open_file,
     statistics,
 )
 from trio_uring._binary_files import CALLS_PER_CHECKPOINT
+from trio_uring._page_cache import GUESS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -369,12 +371,75 @@ async def test_what_cannot_be_decoded_has_been_read(bench: Bench) -> None:
     await _as_io(bench, content, calls, "r", -1, "ascii")
 
 
-async def test_a_small_file_is_one_operation(bench: Bench) -> None:
-    for mode in ("rb", "r"):
-        async with await open_file(bench.path(b"content"), mode) as file:
+@pytest.mark.parametrize("size", [7, GUESS - 1, GUESS])
+@pytest.mark.parametrize("cached", [True, False])
+async def test_a_small_file_is_one_operation_or_none(bench: Bench, size: int, cached: bool) -> None:
+    path = bench.path(bytes(range(1, 8)) * (size // 7) + bytes(size % 7))
+    content = path.read_bytes()
+    for mode in ("rb", "r+b", "r"):
+        async with await open_file(path, mode, encoding=None if "b" in mode else "latin-1") as file:
+            if not cached:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             before = statistics().sqes
-            assert len(await file.read()) == 7
-            assert statistics().sqes == before + 1
+            found = await file.read()
+            assert (found if isinstance(found, bytes) else found.encode("latin-1")) == content
+            assert statistics().sqes == before + (not cached or size == GUESS)
+            assert await file.tell() == size
+            assert len(await file.read()) == 0
+
+
+async def test_the_rest_of_a_small_file(bench: Bench) -> None:
+    """Some of it has been read, read ahead or written before."""
+    path, content = bench.path(), os.urandom(50_000)
+    for steps in ([10], [5000], [5000, 9000, 9000], [0]):
+        path.write_bytes(content)
+        async with await open_file(path, "r+b") as file:
+            start = sum([len(await file.read(step)) for step in steps])
+            assert await file.read() == content[start:]
+            assert await file.tell() == len(content)
+        async with await open_file(path, "r+b") as file:
+            await file.seek(start)
+            await file.write(b"new")
+            assert await file.read() == content[start + 3 :]
+            assert await file.tell() == len(content)
+
+
+async def test_a_small_file_that_has_grown(bench: Bench) -> None:
+    """By more than the page cache has: nothing is missing."""
+    path = bench.path(bytes(mmap.PAGESIZE))
+    async with await open_file(path, "rb") as file:
+        with open(path, "ab") as other:
+            other.write(b"x" * mmap.PAGESIZE)
+            other.flush()
+            os.fsync(other.fileno())
+            os.posix_fadvise(other.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with open(path, "rb", 0) as other_reader:
+            os.posix_fadvise(other_reader.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            other_reader.read(1)
+        assert await file.read() == bytes(mmap.PAGESIZE) + b"x" * mmap.PAGESIZE
+
+
+async def test_direct_reads_are_left_to_the_ring(bench: Bench) -> None:
+    """They would wait, asked or not."""
+    path = bench.path(bytes(mmap.PAGESIZE))
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags)
+
+    async with await open_file(path, "rb", opener=opener) as file:
+        before = statistics().sqes
+        assert len(await file.read()) == mmap.PAGESIZE
+        assert statistics().sqes == before + 1
+
+
+async def test_reading_a_small_file_in_a_cancelled_scope(bench: Bench) -> None:
+    async with await open_file(bench.path(b"content"), "rb") as file:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await file.read()
+        assert scope.cancelled_caught
+        assert await file.read() == b"content"
 
 
 async def test_unbuffered(bench: Bench) -> None:
@@ -985,6 +1050,7 @@ async def test_a_cancelled_read_of_text_keeps_its_lines(bench: Bench, newline: s
 
 async def test_a_cancelled_read_of_a_file_leaves_its_position(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last of its operations meets the cancel."""
+    monkeypatch.setattr(_page_cache, "_RWF_NOWAIT", 0)
     content = "".join(f"{n} é\n" for n in range(5000)).encode()
     path = bench.path(content)
     for mode, n in (("r", 1), ("rb", 2), ("r+b", 2)):
@@ -1179,8 +1245,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(("mode", "buffering"), [("r+b", 0), ("r+b", -1), ("r+", -1)])
 @pytest.mark.parametrize("name", METHODS)
-async def test_every_method_is_a_checkpoint(bench: Bench, name: str, mode: str, buffering: int) -> None:
-    """With an empty buffer. In a cancelled scope nothing happens."""
+async def test_every_method_is_a_checkpoint(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str, mode: str, buffering: int
+) -> None:
+    """With an empty buffer, and nothing to be had at once. In a cancelled scope nothing happens."""
+    monkeypatch.setattr(_page_cache, "_RWF_NOWAIT", 0)
     path = bench.path(TEXT.encode())
     async with await open_file(path, mode, buffering) as file:
         await file.seek(4)

@@ -38,6 +38,7 @@ from trio_uring import (
     UnavailableError,
     UnsupportedOperation,
     _file_ops,
+    _page_cache,
     _whole_files,
     copy_file,
     lowlevel,
@@ -47,7 +48,8 @@ from trio_uring import (
     statistics,
     write_file,
 )
-from trio_uring._whole_files import GUESS, PIECE, PIPE_SIZE
+from trio_uring._page_cache import GUESS
+from trio_uring._whole_files import PIECE, PIPE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -168,7 +170,7 @@ async def test_reading_what_is_not_in_the_cache(bench: Bench, size: int) -> None
 async def test_reading_where_no_read_can_refuse_to_wait(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(_whole_files, "_RWF_NOWAIT", 0)
+    monkeypatch.setattr(_page_cache, "_RWF_NOWAIT", 0)
     content = content_of(size)
     path = bench.path(content)
     assert await read_file(path) == content
@@ -1131,8 +1133,8 @@ async def test_a_read_cancelled_at_any_time(bench: Bench, monkeypatch: pytest.Mo
     monkeypatch.setattr(_whole_files, "PIECE", GUESS)
     content = content_of(size)
     path = bench.path(content)
-    for nowait in (_whole_files._RWF_NOWAIT, 0):
-        monkeypatch.setattr(_whole_files, "_RWF_NOWAIT", nowait)
+    for nowait in (_page_cache._RWF_NOWAIT, 0):
+        monkeypatch.setattr(_page_cache, "_RWF_NOWAIT", nowait)
         for ticks in range(await count_ticks(read_file, path) + 2):
             attempt = await cancelled_after(ticks, read_file, path)
             assert attempt.cancelled or attempt.value == content

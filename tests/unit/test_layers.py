@@ -15,7 +15,7 @@ SOURCE: Final = Path(trio_uring.__file__).parent
 
 # From the bottom up. A module imports from the layers below its own, never from its own or above.
 LAYERS: Final = (
-    {"_abi", "_errors", "_native", "_trio_internals", "_sockaddr"},
+    {"_abi", "_errors", "_native", "_trio_internals", "_sockaddr", "_page_cache"},
     {"_ring", "_structs"},
     {"_cancel"},
     {"_job", "_shots", "_registered"},
