@@ -244,6 +244,8 @@ class TextFile(AsyncFile):
                         break
                 else:
                     ready -= batch
+            elif line := self._line_of_two_chunks():
+                yield line
             else:
                 ready = 0
                 line = await self.readline()
@@ -269,6 +271,24 @@ class TextFile(AsyncFile):
         chars.seek(chars.tell() - len(line))
         return ""
 
+    def _line_of_two_chunks(self) -> str:
+        """A line that begins in this chunk and ends in the next one, if that has been read ahead; else nothing."""
+        chunk, chars, turn = self._chunk, self._chars, self._turn
+        if chunk is None or isinstance(chars, _ExoticLines) or turn.served >= turn.limit:
+            return ""
+        data = self._buffer._read1_ahead(_CHUNK_SIZE)
+        if data is None:
+            return ""
+        used = chars.tell()
+        start: str = chars.read()
+        next_chunk = self._decode(data)
+        end: str = self._chars.readline()
+        if not end.endswith(self._line_ends):
+            self._put_back([chunk, next_chunk], used)
+            return ""
+        turn.served += 1
+        return start + end
+
     def _set_chunk(self, chunk: _Chunk | None) -> None:
         """Its text is what is read next."""
         self._chunk = chunk
@@ -281,19 +301,24 @@ class TextFile(AsyncFile):
 
     async def _fetch(self, hint: int = 0) -> bool:
         """Gets the next chunk; False at the end of the file."""
-        decoder = self._decoder
-        kept, state = decoder.getstate()
         size = max(_CHUNK_SIZE, int(max(self._bytes_per_char, 1.0) * hint))
         data = self._buffer._read1_ahead(size)
         if data is None:
             data = await self._buffer._read1(size)
+        chunk = self._decode(data)
+        return bool(data or chunk.text)
+
+    def _decode(self, data: bytes) -> _Chunk:
+        """Makes the next chunk of it."""
+        decoder = self._decoder
+        kept, state = decoder.getstate()
         text = decoder.decode(data, not data)
         self._bytes_per_char = len(data) / len(text) if text else 0.0
         chunk = _Chunk(state, kept, data, text)
         if self._log is not None:
             self._log.append(chunk)
         self._set_chunk(chunk)
-        return bool(data or text)
+        return chunk
 
     async def _read(self, size: int) -> str:
         text: str = self._chars.read(size)

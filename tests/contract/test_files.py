@@ -1434,6 +1434,19 @@ async def test_a_loop_over_lines_sees_what_else_is_done_with_the_file(bench: Ben
                     break
 
 
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("mode", ["r", "rb"])
+async def test_a_loop_over_lines_that_are_read_ahead(bench: Bench, mode: str) -> None:
+    """With a checkpoint due anywhere in a chunk."""
+    path = bench.path(b"".join(b"%0100d\n" % n for n in range(3000)))
+    for first in range(0, CALLS_PER_CHECKPOINT, 7):
+        with open(path, mode) as expected:
+            async with await open_file(path, mode) as file:
+                for _ in range(first):
+                    assert await file.readline() == expected.readline()
+                assert [line async for line in file] == [*expected]
+
+
 async def test_leaving_a_loop_over_lines_early_is_nothing_to_warn_of(bench: Bench) -> None:
     async with await open_file(bench.path(b"1\n2\n3\n")) as file:
         async for line in file:
