@@ -15,6 +15,11 @@ What follows from the kernel and from `io`:
   their own. Two reads at once would both begin there, so one task at a time has the *turn*; others queue for it.
 * `os.lseek`, `os.fstat` and `os.isatty` look at memory and are called as they are. A statx through the ring would take
   a kernel worker each time.
+* **A write goes to the ring, although a kernel worker has to do it on ext4** (18 to 60 microseconds for 4 KiB, a plain
+  write(2) 4). For that one has no bound: beyond the limit of dirty pages the kernel makes the writer pause, up to 0.2
+  seconds at a time, and a part of a page that is not cached is read from the disk first. A write that refuses to wait
+  (``RWF_NOWAIT``) would be the way, but ext4 does not know it (Linux 6.18). A read that refuses to wait it does know:
+  ``read()`` of a small file that has just been opened is one (`_page_cache`).
 * The buffered layer asks for as much at a time as `io` would, so that positions, ``peek`` and the cookies of text agree
   with `io` byte for byte. Below it, a regular file that is read on and on is *read ahead* in growing pieces, for the
   price of one operation each. The fd's position is then further than `io` would have it; whatever depends on it moves
