@@ -19,7 +19,7 @@ What follows from the kernel and from `io`:
   write(2) 4). For that one has no bound: beyond the limit of dirty pages the kernel makes the writer pause, up to 0.2
   seconds at a time, and a part of a page that is not cached is read from the disk first. A write that refuses to wait
   (``RWF_NOWAIT``) would be the way, but ext4 does not know it (Linux 6.18). A read that refuses to wait it does know:
-  ``read()`` of a small file that has just been opened is one (`_page_cache`).
+  ``pread`` tries one first, and ``read()`` of a small file that has just been opened (`_page_cache`).
 * The buffered layer asks for as much at a time as `io` would, so that positions, ``peek`` and the cookies of text agree
   with `io` byte for byte. Below it, a regular file that is read on and on is *read ahead* in growing pieces, for the
   price of one operation each. The fd's position is then further than `io` would have it; whatever depends on it moves
@@ -49,7 +49,7 @@ from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled, enabl
 from ._core import MAX_RW_COUNT, _this_thread
 from ._errors import UnsupportedOperation as MissingInKernel
 from ._file_ops import READ, WRITE, fadvise, fallocate, fdatasync, fsync, ftruncate, readv, writev
-from ._page_cache import GUESS, read_cached
+from ._page_cache import GUESS, read_cached, read_piece
 from ._structs import CHARS, from_buffer
 
 if TYPE_CHECKING:
@@ -439,11 +439,18 @@ class AsyncFile(trio.abc.AsyncResource):
     async def pread(self, size: int, offset: int, /) -> bytes:
         """Reads up to ``size`` bytes at ``offset``, as `os.pread`: past the buffer, which it does not see.
 
-        Any number of tasks may do so at once. IORING_OP_READ, Linux 5.6.
+        Any number of tasks may do so at once. What the page cache has, up to 64 KiB, it has at once. For the rest
+        IORING_OP_READ, Linux 5.6.
         """
-        fd = self._raw._fd
+        raw = self._raw
+        fd = raw._fd
         if fd < 0 or offset < 0:
-            self._raw._refuse(offset)
+            raw._refuse(offset)
+        if raw._asks_cache and 0 <= size <= GUESS:
+            cached = raw._read_cached_piece(size, offset)
+            if cached is not None:
+                await checkpoint()
+                return cached
         size = min(size, MAX_RW_COUNT)
         room = bytes(size)  # new, and nobody else's until it is returned
         count = await _this_thread.manager.perform(READ, fd, offset, from_buffer(CHARS, room), -1)
@@ -527,6 +534,7 @@ class RawFile(AsyncFile):
     __slots__ = (
         "_ahead",
         "_ahead_left",
+        "_asks_cache",
         "_block_size",
         "_closefd",
         "_fd",
@@ -554,6 +562,7 @@ class RawFile(AsyncFile):
         self._regular = stat.S_ISREG(status.st_mode)
         self._seekable: bool | None = True if self._regular else None
         self._size = status.st_size if self._regular and just_opened else 0
+        self._asks_cache = self._regular and just_opened
         self._block_size = status.st_blksize if status.st_blksize > 1 else io.DEFAULT_BUFFER_SIZE
         self._ahead = _EMPTY
         self._ahead_left = 0
@@ -724,9 +733,17 @@ class RawFile(AsyncFile):
             self._log.append((buffer, start, count))
         return cast("int", count)
 
+    def _read_cached_piece(self, size: int, offset: int) -> bytes | None:
+        """So many bytes from there on, if they need not be waited for."""
+        try:
+            return read_piece(self._fd, size, offset)
+        except OSError:  # what is really wrong the ring's read will say
+            self._asks_cache = False
+            return None
+
     async def _fetch_small_file(self) -> bytes | None:
         """All of a file that has just been opened, if that is little and need not be waited for."""
-        if not 0 < self._size < GUESS or self._ahead_left:
+        if not (self._asks_cache and 0 < self._size < GUESS) or self._ahead_left:
             return None
         await checkpoint_if_cancelled()
         start = os.lseek(self._fd, 0, os.SEEK_CUR)

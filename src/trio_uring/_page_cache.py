@@ -32,6 +32,22 @@ class _Scratch(threading.local):
 _scratch: Final = _Scratch()
 
 
+def read_piece(fd: int, size: int, offset: int) -> bytes | None:
+    """``size`` bytes from there on, `GUESS` at most, if all of them are in the page cache.
+
+    Raises:
+        OSError: the file is one that cannot be asked not to wait, or cannot be read.
+    """
+    if not _RWF_NOWAIT:
+        return None
+    piece = _scratch.memory[:size]
+    try:
+        n = os.preadv(fd, [piece], offset, _RWF_NOWAIT)
+    except BlockingIOError:
+        return None
+    return piece.tobytes() if n == size else None
+
+
 def read_cached(fd: int, offset: int) -> tuple[bytes | None, bool]:
     """What a small file holds from there on, if it is in the page cache; and whether the file is one that never waits
     when it is asked not to. The file's position does not move.

@@ -15,6 +15,7 @@ import os
 import pty
 import stat
 import sys
+import tempfile
 import tty
 from contextlib import contextmanager
 from pathlib import Path
@@ -631,6 +632,42 @@ async def test_reads_and_writes_at_an_offset(bench: Bench) -> None:
             assert raised.value.errno == errno.EINVAL
     assert path.read_bytes() == b"01ab45678xyz"
     assert bytes(4) == b"\0\0\0\0"  # what reads fill is never an object somebody else has
+
+
+@pytest.mark.parametrize("place", [None, "/dev/shm"])
+@pytest.mark.parametrize("size", [100, GUESS, GUESS + 1])
+async def test_a_pread_of_what_the_page_cache_has(bench: Bench, place: str | None, size: int) -> None:
+    """It is one without the ring, where the file system knows such a read, and a checkpoint; the end of the file is
+    left to the ring.
+    """
+    content = os.urandom(GUESS + 5000)
+    with tempfile.NamedTemporaryFile(dir=place or bench.directory) as whole:
+        whole.write(content)
+        whole.flush()
+        async with await open_file(whole.name, "rb", 0) as file:
+            for offset, cached in ((0, True), (4999, True), (len(content) - 50, False), (0, True), (0, False)):
+                if place is None and offset == 0 and not cached:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                before = statistics().sqes
+                with trio.testing.assert_checkpoints():
+                    assert await file.pread(size, offset) == content[offset : offset + size]
+                at_once = place is None and size <= GUESS and cached
+                assert statistics().sqes == before + (not at_once), offset
+            with pytest.raises(ValueError, match="negative"):
+                await file.pread(-1, 0)
+            assert await file.tell() == 0
+
+
+async def test_a_pread_of_what_the_page_cache_has_is_left_to_the_ring_where_it_would_wait(bench: Bench) -> None:
+    """With ``O_DIRECT``, whether asked not to wait or not."""
+    path = bench.path(bytes(mmap.PAGESIZE))
+    fd = os.open(path, os.O_RDONLY)
+    for name, opener in ((path, os.open), (fd, None)):
+        async with await open_file(name, "rb", 0, opener=opener) as file:
+            before = statistics().sqes
+            assert await file.pread(10, 0) == bytes(10)
+            assert statistics().sqes == before + 1
 
 
 async def test_sync_flushes(bench: Bench) -> None:
