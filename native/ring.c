@@ -258,7 +258,7 @@ int tu_probe(struct tu_ring *r, uint8_t *supported, unsigned n)
 /*
  * Has completions signal fd. A completion that is itself caused by a write to an eventfd is signalled
  * late, and only once per registration (seen on 6.18: the kernel never clears its "signal is under way"
- * mark). So whoever is about to sleep on fd registers it anew.
+ * mark). So whoever is about to sleep on fd registers it anew. With -1 nothing is signalled any more.
  */
 int tu_register_eventfd(struct tu_ring *r, int fd)
 {
@@ -270,7 +270,10 @@ int tu_register_eventfd(struct tu_ring *r, int fd)
         ret = io_uring_unregister_eventfd(&r->ring);
         if (ret < 0)
             return ret;
+        r->eventfd_registered = false;
     }
+    if (fd < 0)
+        return 0;
     ret = io_uring_register_eventfd(&r->ring, fd);
     r->eventfd_registered = ret == 0;
     return ret;

@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import outcome
@@ -27,10 +28,11 @@ import trio.testing
 import trio_uring
 from tests import libc
 from trio_uring import RingConfig, _trio_internals
+from trio_uring._attached import AttachedManager
 from trio_uring._core import UringIOManager, _this_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
     from pathlib import Path
     from types import FrameType
 
@@ -77,13 +79,19 @@ class Host:
     def start(
         self, async_fn: Callable[..., Awaitable[object]], *args: object, config: RingConfig = REQUIRED, **kwargs: Any
     ) -> None:
+        """Starts a run that has a ring."""
+        with installed(config):
+            self.start_stock(async_fn, *args, **kwargs)
+
+    def start_stock(self, async_fn: Callable[..., Awaitable[object]], *args: object, **kwargs: Any) -> None:
+        """Starts a run."""
+
         def done(result: outcome.Outcome[Any]) -> None:
             self.result = result
 
-        with installed(config):
-            trio.lowlevel.start_guest_run(
-                async_fn, *args, run_sync_soon_threadsafe=self.todo.put, done_callback=done, **kwargs
-            )
+        trio.lowlevel.start_guest_run(
+            async_fn, *args, run_sync_soon_threadsafe=self.todo.put, done_callback=done, **kwargs
+        )
 
     def step(self) -> None:
         """Waits for the next callback and calls it."""
@@ -122,9 +130,42 @@ def run_with_public_wake(
             UringIOManager.wake = _shortcut
 
 
+def attached_first(
+    async_fn: Callable[[], Awaitable[T]], config: RingConfig = REQUIRED
+) -> Callable[[], Coroutine[Any, Any, T]]:
+    """What attaches a ring of this configuration to the run that is under way, and goes on."""
+
+    async def main() -> T:
+        AttachedManager(config)
+        return await async_fn()
+
+    return main
+
+
+def run_attached(
+    async_fn: Callable[..., Awaitable[T]], *args: object, config: RingConfig = REQUIRED, **kwargs: Any
+) -> T:
+    return trio.run(attached_first(partial(async_fn, *args), config), **kwargs)
+
+
+def run_attached_guest(
+    async_fn: Callable[..., Awaitable[T]], *args: object, config: RingConfig = REQUIRED, **kwargs: Any
+) -> T:
+    host = Host()
+    host.start_stock(attached_first(partial(async_fn, *args), config), **kwargs)
+    result: T = host.finish()
+    return result
+
+
 MOUNTS = {
     mount.name: mount
-    for mount in (Mount("native", run_native), Mount("guest", run_guest), Mount("public-wake", run_with_public_wake))
+    for mount in (
+        Mount("native", run_native),
+        Mount("guest", run_guest),
+        Mount("public-wake", run_with_public_wake),
+        Mount("attached", run_attached),
+        Mount("attached-guest", run_attached_guest),
+    )
 }
 
 

@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 import trio
 from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled, enable_ki_protection
 
-from ._core import MAX_RW_COUNT, _this_thread
+from ._core import MAX_RW_COUNT, _this_thread, notify_closing
 from ._errors import UnsupportedOperation as MissingInKernel
 from ._file_ops import READ, WRITE, fadvise, fallocate, fdatasync, fsync, ftruncate, readv, writev
 from ._page_cache import GUESS, read_cached, read_piece
@@ -852,7 +852,7 @@ class RawFile(AsyncFile):
         fd, self._fd = self._fd, -1
         self._turn.close()
         if fd >= 0 and self._closefd:
-            trio.lowlevel.notify_closing(fd)
+            notify_closing(fd)
             os.close(fd)
 
     def _check_open(self, what: str = "") -> None:

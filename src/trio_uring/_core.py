@@ -52,7 +52,7 @@ from ._ring import Ring, RingConfig, ffi, lib
 from ._shots import Shots
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator, Iterator, Sequence
+    from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 
     from trio.lowlevel import Abort, RaiseCancelT, Task
 
@@ -243,6 +243,9 @@ class Addressee(Protocol):
     def deliver(self, res: int) -> None:
         """A CQE has come."""
 
+    def fail(self, error: RingError) -> None:
+        """Nothing will come any more: the ring has failed. Whoever waits is to hear of it."""
+
     def forsake(self) -> None:
         """The run is over."""
 
@@ -268,10 +271,29 @@ class _Mail:
         if box is not None:
             box.deliver(res)
 
+    def fail(self, error: RingError) -> None:
+        for box in tuple(self._boxes.values()):
+            box.fail(error)
+
     def forsake(self) -> None:
         while self._boxes:
             _, box = self._boxes.popitem()
             box.forsake()
+
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+
+def _refuse(kind: Kind[Any], *args: object, **kwargs: object) -> NoReturn:
+    current_task()  # outside of any run: trio's own error
+    raise UnavailableError(errno.EOPNOTSUPP, f"{kind.name} needs a ring, and the run whose ring this was is over")
+
+
+def ring_failed(cause: BaseException) -> RingError:
+    """For a task that waits for what will never come. In such a run the ring is not what ends the run."""
+    error = RingError(f"the ring of this run has failed: {cause!r}")
+    error.__cause__ = cause
+    return error
 
 
 def number_of(fd: int | HasFileno) -> int:
@@ -304,6 +326,7 @@ class UringIOManager:
         self.ring: Ring = Ring(config) if ring is None else ring
         self.cancels_won = 0
         self.cancels_lost = 0
+        self.failure: BaseException | None = None
         self._config = config
         self._owner: int | None = None
         self._worker_waits = False
@@ -434,7 +457,7 @@ class UringIOManager:
         _open_managers.discard(self)
         self._queue.clear()
         self.mail.forsake()
-        self.perform = self.receive = _no_manager.perform  # type: ignore[method-assign]  # for late calls
+        self.perform = self.receive = _refuse  # type: ignore[method-assign]  # for late calls
         if _this_thread.manager is self:
             del _this_thread.manager
         try:
@@ -687,6 +710,11 @@ class UringIOManager:
         """Is the run over?"""
         return self._closed
 
+    def check_working(self) -> None:
+        """Raises `RingError` if the ring has failed: nothing would ever come of what is asked of it."""
+        if self.failure is not None:
+            raise ring_failed(self.failure)
+
     @property
     def lacks_any(self) -> bool:
         """Does the kernel lack anything this library knows?"""
@@ -698,7 +726,9 @@ class UringIOManager:
         Raises:
             UnavailableError: the run has no ring.
             UnsupportedOperation: the kernel lacks the operation.
+            RingError: the ring has failed.
         """
+        self.check_working()
         if self.lacks(kind):
             raise unsupported(kind.name, kind.opcode.name, kind.since)
         return self
@@ -776,7 +806,9 @@ class UringIOManager:
 
         Raises:
             trio.ClosedResourceError: one of the fds was closed meanwhile.
+            RingError: the ring has failed.
         """
+        self.check_working()
         idle = self._idle
         while len(idle) < n and self._counted_slots < self._config.max_in_flight:
             self._counted_slots += 1
@@ -963,31 +995,33 @@ class UringIOManager:
 
 
 class _NoManager:
-    """Stands where the manager would be in a thread whose run has no ring."""
+    """Stands where the manager would be in a thread whose run has no ring, or none yet."""
 
     carries_sockets: ClassVar[bool] = False
+    mount: Callable[[str], UringIOManager]
+    """Ties a ring to the current run, for a purpose; see `_mount`, which puts it here."""
 
     def expect_cancel_by_fd(self, fd: int) -> None:
         """Nothing is in flight."""
 
-    def require(self, kind: Kind[Any]) -> NoReturn:
-        """As `perform`."""
-        self.perform(kind)
+    def notify_closing(self, fd: int | HasFileno) -> None:
+        """As `UringIOManager.notify_closing`."""
+        trio.lowlevel.notify_closing(fd)
 
-    def perform(self, kind: Kind[Any], *args: object, **kwargs: object) -> NoReturn:
-        current_task()  # outside of any run: trio's own error
-        raise UnavailableError(
-            errno.EOPNOTSUPP,
-            f"{kind.name} needs a ring, and this trio run has none; start it with trio_uring.run(), "
-            "or call trio_uring.install() before the run starts",
-        )
+    def require(self, kind: Kind[Any]) -> UringIOManager:
+        """As `UringIOManager.require`."""
+        return self.mount(kind.name).require(kind)
+
+    def perform(self, kind: Kind[T], *args: Any, **kwargs: Any) -> Generator[Any, Any, T]:
+        """As `UringIOManager.perform`."""
+        return self.mount(kind.name).perform(kind, *args, **kwargs)
 
 
-_no_manager: Final = _NoManager()
+no_manager: Final = _NoManager()
 
 
 class _ThisThread(threading.local):
-    manager = cast("UringIOManager", _no_manager)
+    manager = cast("UringIOManager", no_manager)
 
 
 _this_thread: Final = _ThisThread()
@@ -996,7 +1030,23 @@ _this_thread: Final = _ThisThread()
 def on_ring() -> bool:
     """Is the caller a task of a run that has a ring?"""
     found: object = _this_thread.manager
-    return found is not _no_manager and trio.lowlevel.in_trio_task()
+    return found is not no_manager and trio.lowlevel.in_trio_task()
+
+
+def notify_closing(fd: int | HasFileno) -> None:
+    """Tells whoever waits for an fd that it will be closed: `trio.lowlevel.notify_closing`, for the ring as well.
+
+    When it returns, nothing that is under way names the fd. Tasks that wait for it get `trio.ClosedResourceError`. In a
+    run that was started with a ring trio's function is the same; in one where the ring came later, that function
+    reaches only what waits in trio itself. `close`, and what else this package closes, calls this one.
+
+    Args:
+        fd: a file descriptor, or an object that has one.
+
+    Raises:
+        RuntimeError: not inside a trio run.
+    """
+    _this_thread.manager.notify_closing(fd)
 
 
 def close_left_over() -> None:

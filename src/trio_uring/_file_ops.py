@@ -15,7 +15,6 @@ import os
 import select
 from typing import TYPE_CHECKING, Final
 
-import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._abi import FSYNC_DATASYNC, Opcode
@@ -190,7 +189,7 @@ CLOSE = row(
     runs="may block",
     names="number",
     success=ERESTARTS | {-errno.EINTR},
-    prelude=lambda manager, fd: trio.lowlevel.notify_closing(fd),
+    prelude=lambda manager, fd: manager.notify_closing(fd),
 )
 
 

@@ -19,6 +19,7 @@ from collections import deque
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
+import outcome
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ._cancel import Kind
+    from ._errors import RingError
     from ._ops import Request
 
 T = TypeVar("T")
@@ -101,6 +103,12 @@ class Mailbox(Generic[T]):
         if task is not None:
             trio.lowlevel.reschedule(task)
 
+    def fail(self, error: RingError) -> None:
+        """Nothing will come any more: whoever waits is to hear of it."""
+        task, self._waiting = self._waiting, None
+        if task is not None:
+            trio.lowlevel.reschedule(task, outcome.Error(error))
+
     def forsake(self) -> None:
         """Nobody will receive anything."""
         self._ring = None  # first: what a sender puts on its way from now on it takes back itself
@@ -148,6 +156,7 @@ class Mailbox(Generic[T]):
             if self._queue or self._ring is None:
                 await trio.lowlevel.cancel_shielded_checkpoint()
             else:
+                self._manager.check_working()
                 self._waiting = current_task()
                 await trio.lowlevel.wait_task_rescheduled(self._abort)
             if self._ring is None:

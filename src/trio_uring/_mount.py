@@ -13,12 +13,13 @@ import errno
 import functools
 import threading
 import warnings
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
 import trio
 
 from . import _trio_internals
-from ._core import UringIOManager, UringStatistics, _this_thread, close_left_over
+from ._attached import AttachedManager
+from ._core import UringIOManager, UringStatistics, _this_thread, close_left_over, no_manager
 from ._errors import FallbackWarning, UnavailableError
 from ._ring import RingConfig
 
@@ -160,15 +161,68 @@ def _see_to_doors() -> None:
 
 
 @contextlib.contextmanager
-def _requested(config: RingConfig) -> Iterator[None]:
-    before = _requests.config
-    _add_user(1)
+def _wanted_by_this_thread(config: RingConfig) -> Iterator[None]:
+    before, _requests.config = _requests.config, config
     try:
-        _requests.config = config
         yield
     finally:
         _requests.config = before
+
+
+@contextlib.contextmanager
+def _requested(config: RingConfig) -> Iterator[None]:
+    _add_user(1)
+    try:
+        with _wanted_by_this_thread(config):
+            yield
+    finally:
         _add_user(-1)
+
+
+def _attach_config() -> RingConfig:
+    return _requests.config or _installed or RingConfig()
+
+
+def attach(purpose: str) -> UringIOManager:
+    """Mounts a ring beside the I/O manager of the current run, which was started without one.
+
+    Args:
+        purpose: what needs it, for the error.
+
+    Raises:
+        UnavailableError: rings are switched off, or there can be none.
+        RuntimeError: the caller is no task of a trio run.
+    """
+    trio.lowlevel.current_task()
+    config = _attach_config()
+    if config.effective_mode == "off":
+        raise UnavailableError(errno.EOPNOTSUPP, f"{purpose} needs a ring, and for this trio run they are switched off")
+    try:
+        return AttachedManager(config)
+    except UnavailableError as exc:
+        reason = f"{purpose} needs a ring, and this trio run can have none: {exc.strerror}"
+        raise UnavailableError(exc.errno, reason) from None
+
+
+no_manager.mount = attach
+
+
+def ring_at_hand() -> bool:
+    """Is the caller a task of a run that has a ring? If it can have one, it has one now.
+
+    Raises:
+        UnavailableError: there can be none, and ``mode`` is ``"require"``.
+    """
+    if not trio.lowlevel.in_trio_task():
+        return False
+    if _this_thread.manager is cast("object", no_manager):
+        try:
+            attach("this method")
+        except UnavailableError:
+            if _attach_config().effective_mode == "require":
+                raise
+            return False
+    return True
 
 
 def run(
@@ -191,9 +245,8 @@ def run(
         FallbackWarning: ``mode`` is ``"auto"`` and there can be no ring; the run uses trio's own I/O manager.
     """
     config = config or RingConfig()
-    if not _native_mount_possible(config):
-        return trio.run(async_fn, *args, **trio_run_kwargs)
-    with _requested(config):
+    requested = _requested if _native_mount_possible(config) else _wanted_by_this_thread
+    with requested(config):
         return trio.run(async_fn, *args, **trio_run_kwargs)
 
 
@@ -235,5 +288,5 @@ def statistics() -> UringStatistics:
     trio.lowlevel.current_statistics()
     manager = _this_thread.manager
     if not isinstance(manager, UringIOManager):
-        raise UnavailableError(errno.EOPNOTSUPP, "this trio run has no ring; start it with trio_uring.run()")
+        raise UnavailableError(errno.EOPNOTSUPP, "this trio run has no ring, at least not yet")
     return manager.statistics()

@@ -26,6 +26,7 @@ import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
+import outcome
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from trio.lowlevel import Abort, RaiseCancelT, Task
     from typing_extensions import Self
 
+    from ._errors import RingError
     from ._shots import Shots
 
 T = TypeVar("T")
@@ -354,6 +356,13 @@ class Multishot(Generic[T]):
         self._closed = self._pausing = True
         self.wake()
 
+    def fail(self, error: RingError) -> None:
+        """See `trio_uring._shots.Receiver`."""
+        tasks = self._ending if self._waiting is None else [*self._ending, self._waiting]
+        self._waiting, self._ending = None, []
+        for task in tasks:
+            trio.lowlevel.reschedule(task, outcome.Error(error))
+
     def forsake(self) -> None:
         """See `trio_uring._shots.Receiver`."""
         self.forsaken = True
@@ -409,6 +418,7 @@ class Multishot(Generic[T]):
             if self._queue or not self._goes_on():
                 await trio.lowlevel.cancel_shielded_checkpoint()
             while not self._queue:
+                self._manager.check_working()
                 if not shots.armed:
                     self._arm_or_end()
                 await self._park()
@@ -456,6 +466,7 @@ class Multishot(Generic[T]):
 
     async def _end(self) -> None:
         """Stops, and waits for the last CQE, whatever happens."""
+        self._manager.check_working()
         self._finished = True
         shots = self._shots
         if shots is not None and shots.armed:

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._core import on_ring
 from ._errors import UnsupportedOperation
 from ._file_ops import close, linkat, mkdirat, openat, renameat2, statx, symlinkat, unlinkat
 from ._files import open_file
+from ._mount import ring_at_hand
 from ._trio_internals import ThreadPath
 from ._whole_files import read_file, write_file
 
@@ -74,7 +74,7 @@ _touch_in_thread: Final = trio.Path.touch
 def ring_or(
     stock: Callable[..., Awaitable[Any]],
     ours: Callable[..., Awaitable[Any]],
-    wanted: Callable[[], bool] = on_ring,
+    wanted: Callable[[], bool] = ring_at_hand,
 ) -> Callable[..., Awaitable[Any]]:
     """``ours`` in a run with a ring whose kernel has what it needs, else ``stock``."""
 

@@ -21,6 +21,7 @@ from ._ring import BufferRing
 if TYPE_CHECKING:
     from trio.lowlevel import Abort, RaiseCancelT, Task
 
+    from ._errors import RingError
     from ._ring import Ring
 
 MAX_DIRECT: Final = 1024
@@ -51,6 +52,9 @@ class RingOwner(Protocol):
 
     def own_ring(self) -> bool:
         """Makes this thread, if it is the run's, the ring's owner. False if it is another one."""
+
+    def check_working(self) -> None:
+        """Raises `RingError` if the ring has failed."""
 
 
 class _Places:
@@ -89,6 +93,11 @@ class _Places:
         self._free.extend(places)
         self._serve()
 
+    def fail(self, error: RingError) -> None:
+        while self._line:
+            task, _ = self._line.popitem()
+            trio.lowlevel.reschedule(task, outcome.Error(error))
+
     def _serve(self) -> None:
         """Those that came first go first."""
         while self._line and next(iter(self._line.values())) <= len(self._free):
@@ -123,9 +132,15 @@ class Registered:
 
     async def borrow_places(self, n: int) -> list[int]:
         """Free places for direct descriptors; waits until there are enough."""
+        self._owner.check_working()
         if self._places is None:
             self._places = _Places(self._owner.ring)
         return await self._places.take(n)
+
+    def fail(self, error: RingError) -> None:
+        """The ring has failed: whoever waits for places is to hear of it."""
+        if self._places is not None:
+            self._places.fail(error)
 
     def put_file(self, place: int, fd: int) -> None:
         """Puts an open file into a place that was borrowed; it stays empty if there is no such file."""

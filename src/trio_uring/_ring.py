@@ -488,7 +488,7 @@ class Ring(SubmissionQueue):
 
     def register_eventfd(self, fd: int) -> None:
         """Has the kernel signal ``fd`` at completions. To be called anew before each wait on ``fd``: the kernel
-        signals a completion that an eventfd caused only once per registration.
+        signals a completion that an eventfd caused only once per registration. With -1 none is signalled any more.
         """
         self._check(lib.tu_register_eventfd(self._live(), fd))
 

@@ -41,6 +41,9 @@ class Receiver(Protocol):
     def fd_closed(self) -> None:
         """The fd is about to be closed. A CQE may still come."""
 
+    def fail(self, error: RingError) -> None:
+        """The ring has failed: no CQE will come, and whoever waits for one is to hear of it."""
+
     def forsake(self) -> None:
         """Nobody will take what has come. What is not armed any more is to free its slot."""
 

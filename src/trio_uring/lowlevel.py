@@ -1,13 +1,15 @@
 """Operations on raw file descriptors: one async function per io_uring opcode.
 
-They run inside `trio_uring.run`, or any trio run after `trio_uring.install`.
+They run in any trio run. One that was not started with a ring gets one at the first call. In such a run trio knows
+nothing of what is in flight on a file descriptor: close it by functions of this package, or call `notify_closing`
+first.
 """
 
 from __future__ import annotations
 
 from ._batch import Batch, Chain, Chains, batch, chain, chains
 from ._cancel import Kind, State
-from ._core import InFlight
+from ._core import InFlight, notify_closing
 from ._errors import ChainBrokenError
 from ._file_ops import (
     close,
@@ -150,6 +152,7 @@ __all__ = [
     "mkdirat",
     "msg_ring",
     "nop",
+    "notify_closing",
     "openat",
     "openat2",
     "pipe",

@@ -239,9 +239,9 @@ class SimulatedRing(SubmissionQueue):
         return bool(self._cq)
 
     def register_eventfd(self, fd: int) -> None:
-        """Signals ``fd``, a real eventfd, at every CQE."""
+        """Signals ``fd``, a real eventfd, at every CQE; with -1 none any more."""
         self._check_usable()
-        self._eventfd = fd
+        self._eventfd = fd if fd >= 0 else None
 
     def set_job(self, slot: int, job: Any) -> None:
         """As `Ring.set_job`."""

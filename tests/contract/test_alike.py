@@ -452,7 +452,7 @@ async def test_an_fd_that_is_closed_meanwhile(bench: Bench) -> None:
                 others = batch()
                 others.extend(lowlevel.read, [(read_end, bytearray(1)) for read_end, _ in pipes])
             attempt = await parked(nursery, new.run)
-            trio.lowlevel.notify_closing(pipes[0][0])
+            lowlevel.notify_closing(pipes[0][0])
             os.write(pipes[1][1], b"y")
             first, second = await attempt.result()
             assert isinstance(first, trio.ClosedResourceError)
@@ -469,7 +469,7 @@ async def test_an_fd_that_is_closed_before_its_part_begins(bench: Bench) -> None
     assert is_filled(new)
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, new.run)
-        trio.lowlevel.notify_closing(late)
+        lowlevel.notify_closing(late)
         os.write(fill, b"not to be read")
         os.write(write_end, b"xy")
         *good, closed = await attempt.result()

@@ -224,7 +224,7 @@ async def test_every_operation_closed(bench: Bench, name: str, each_in_a_batch: 
             for fd, operations in manager()._by_fd.items()
             if any(op.kind.name in ("batch", name) for op in operations)
         }
-        trio.lowlevel.notify_closing(fds.pop())
+        lowlevel.notify_closing(fds.pop())
         with pytest.raises(trio.ClosedResourceError):
             await attempt.result()
 
@@ -715,7 +715,7 @@ async def test_buffers_are_pinned_until_the_last_completion(bench: Bench, end: s
         elif end == "cancelled":
             attempt.scope.cancel()
         elif end == "closed":
-            trio.lowlevel.notify_closing(pipes[1][0])
+            lowlevel.notify_closing(pipes[1][0])
         else:
             bench.closed(pipes[1][1])
             os.close(pipes[1][1])
@@ -786,7 +786,7 @@ async def test_a_batch_leaves_no_garbage(bench: Bench) -> None:
             await new_batch(lowlevel.nop, ()).run()
         async with trio.open_nursery() as nursery:
             attempt = await parked(nursery, new_batch(lowlevel.read, (read_end, bytearray(1))).run)
-            trio.lowlevel.notify_closing(read_end)
+            lowlevel.notify_closing(read_end)
             await attempt.settled()
 
     await all_kinds()
@@ -829,7 +829,7 @@ async def test_closed_in_flight(bench: Bench) -> None:
     new, pipes = await _two_reads(bench)
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, new.run)
-        trio.lowlevel.notify_closing(pipes[0][0])
+        lowlevel.notify_closing(pipes[0][0])
         await _expect_the_first_closed(attempt, pipes)
     assert statistics().cancels_won == 1
 
@@ -841,7 +841,7 @@ async def test_closed_while_staged(bench: Bench) -> None:
     os.write(other_end, b"not for you")
 
     def close_and_reuse() -> None:
-        trio.lowlevel.notify_closing(pipes[0][0])
+        lowlevel.notify_closing(pipes[0][0])
         os.dup2(other, pipes[0][0])
 
     async with trio.open_nursery() as nursery:
@@ -861,7 +861,7 @@ async def test_closed_while_waiting_for_slots(bench: Bench) -> None:
             await parked(nursery, lowlevel.read, read_end, bytearray(1))
         attempt = await parked(nursery, new.run)
         assert statistics().waiting_for_slot == 1
-        trio.lowlevel.notify_closing(pipes[0][0])
+        lowlevel.notify_closing(pipes[0][0])
         os.dup2(other, pipes[0][0])
         os.write(write_end, bytes(7))
         await _expect_the_first_closed(attempt, pipes)
@@ -878,7 +878,7 @@ async def test_closed_before_its_part_began(bench: Bench) -> None:
     new.add(lowlevel.read, third, bytearray(1))
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, new.run)
-        trio.lowlevel.notify_closing(third)
+        lowlevel.notify_closing(third)
         os.dup2(other, third)
         for _, write_end in pipes:
             os.write(write_end, b"x")
@@ -900,16 +900,16 @@ async def test_either_of_two_fds_closed(bench: Bench, stage: str, which: int) ->
 
     async with trio.open_nursery() as nursery:
         if stage == "staged":
-            attempt = Attempt(nursery, new.run, once_parked=lambda: trio.lowlevel.notify_closing(fd))
+            attempt = Attempt(nursery, new.run, once_parked=lambda: lowlevel.notify_closing(fd))
         elif stage == "in flight":
             attempt = await parked(nursery, new.run)
-            trio.lowlevel.notify_closing(fd)
+            lowlevel.notify_closing(fd)
         else:
             read_end, write_end = bench.pipe()
             for _ in range(7):
                 await parked(nursery, lowlevel.read, read_end, bytearray(1))
             attempt = await parked(nursery, new.run)
-            trio.lowlevel.notify_closing(fd)
+            lowlevel.notify_closing(fd)
             os.write(write_end, bytes(7))
         closed, nothing = await attempt.result()
     assert isinstance(closed, trio.ClosedResourceError)
@@ -1056,7 +1056,7 @@ async def test_closed_while_it_tries_again(bench: Bench) -> None:
     with no_garbage_collection():
         async with trio.open_nursery() as nursery:
             attempt = await parked(nursery, new.run)
-            trio.lowlevel.notify_closing(pipes[0][0])
+            lowlevel.notify_closing(pipes[0][0])
             await _expect_the_first_closed(attempt, pipes)
         assert not pinned(buffer)
 
@@ -1071,7 +1071,7 @@ async def test_closed_between_its_result_and_its_retry(bench: Bench) -> None:
 
     def end_and_close(job: Any) -> None:
         end_job(its_manager, job)
-        trio.lowlevel.notify_closing(read_end)
+        lowlevel.notify_closing(read_end)
         os.dup2(other, read_end)
 
     its_manager.end_job = end_and_close  # type: ignore[method-assign]
@@ -1179,7 +1179,7 @@ async def test_a_fallback_on_a_closed_fd(bench: Bench, lacking: Callable[..., No
     new.add(lowlevel.read, read_end, bytearray(1))
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, new.run)
-        trio.lowlevel.notify_closing(sock)
+        lowlevel.notify_closing(sock)
         os.dup2(other.fileno(), sock.fileno())
         os.write(write_end, b"x")
         closed, count = await attempt.result()

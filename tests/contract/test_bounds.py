@@ -132,7 +132,7 @@ async def test_close_while_others_queue(bench: Bench) -> None:
         attempts = [Attempt(nursery, lowlevel.read, read_end, bytearray(1)) for _ in range(3)]
         other = Attempt(nursery, lowlevel.write, bench.file(), b"x")
         await trio.testing.wait_all_tasks_blocked()
-        trio.lowlevel.notify_closing(read_end)
+        lowlevel.notify_closing(read_end)
         for attempt in attempts:
             with pytest.raises(trio.ClosedResourceError):
                 await attempt.result()

@@ -73,7 +73,7 @@ async def test_a_buffer_is_pinned_until_the_kernel_is_done(bench: Bench, name: s
         elif end == "cancelled":
             attempt.scope.cancel()
         else:
-            trio.lowlevel.notify_closing(sock)
+            lowlevel.notify_closing(sock)
         assert not _resizable(buffer)  # it has been asked for, but not happened yet
         await attempt.settled()
     assert resizable_at_once == [True]

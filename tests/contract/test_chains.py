@@ -576,7 +576,7 @@ async def test_given_up_or_closed_while_waiting_for_places(bench: Bench, end: st
             async with nothing_submitted():
                 assert await attempt.cancel()
         else:
-            trio.lowlevel.notify_closing(source)
+            lowlevel.notify_closing(source)
             os.dup2(other, source)
         for gate in gates:
             os.write(gate, b"x")
@@ -670,7 +670,7 @@ async def test_a_place_is_only_for_steps_behind_the_first(bench: Bench) -> None:
     taken = await manager().registered.borrow_places(MAX_DIRECT)
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, new.run)
-        trio.lowlevel.notify_closing(unused[1])
+        lowlevel.notify_closing(unused[1])
         manager().registered.return_places(taken)
         nothing, closed, count = await attempt.result()
     assert (nothing, count) == (None, 5)
@@ -866,7 +866,7 @@ async def test_a_step_whose_fd_is_closed(bench: Bench, stage: str) -> None:
     new.add(lowlevel.nop)
 
     def close_and_reuse() -> None:
-        trio.lowlevel.notify_closing(pipes[1][0])
+        lowlevel.notify_closing(pipes[1][0])
         os.dup2(other, pipes[1][0])
 
     async with trio.open_nursery() as nursery:
@@ -892,8 +892,8 @@ async def test_a_step_whose_fd_is_closed_behind_a_hard_link(bench: Bench) -> Non
         new.add_hard(lowlevel.read, read_end, bytearray(1))
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, new.run)
-        trio.lowlevel.notify_closing(pipes[0][0])
-        trio.lowlevel.notify_closing(pipes[1][0])
+        lowlevel.notify_closing(pipes[0][0])
+        lowlevel.notify_closing(pipes[1][0])
         await trio.testing.wait_all_tasks_blocked()
         os.write(pipes[2][1], b"x")
         first, second, third = await attempt.result()

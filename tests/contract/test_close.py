@@ -39,7 +39,7 @@ async def test_waiters_get_closed_resource_error(bench: Bench, name: str) -> Non
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, call)
         (fd,) = (op.fd for op in statistics().operations if op.operation == name)
-        trio.lowlevel.notify_closing(fd)
+        lowlevel.notify_closing(fd)
         with pytest.raises(trio.ClosedResourceError):
             await attempt.result()
     assert statistics().in_flight == 0
@@ -55,7 +55,7 @@ async def test_the_other_fd_of_two(bench: Bench, name: str) -> None:
     }
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, calls[name])
-        trio.lowlevel.notify_closing(read_end)
+        lowlevel.notify_closing(read_end)
         with pytest.raises(trio.ClosedResourceError):
             await attempt.result()
     os.write(write_end, b"hello")
@@ -67,13 +67,13 @@ async def test_pollers_get_closed_resource_error(bench: Bench, wait: Callable[[A
     a, _, _ = bench.full_socket()
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, wait, a)
-        trio.lowlevel.notify_closing(a)
+        lowlevel.notify_closing(a)
         with pytest.raises(trio.ClosedResourceError):
             await attempt.result()
 
 
 async def _close_with_os(fd: int) -> None:
-    trio.lowlevel.notify_closing(fd)
+    lowlevel.notify_closing(fd)
     os.close(fd)
 
 
@@ -106,7 +106,7 @@ async def test_the_peer_sees_the_end_at_once(bench: Bench, name: str) -> None:
         else:
             attempt = await parked(nursery, USES[name], fd)
         await trio.testing.wait_all_tasks_blocked()
-        trio.lowlevel.notify_closing(fd)
+        lowlevel.notify_closing(fd)
         os.close(fd)
         while b.recv(1 << 20):
             pass
@@ -123,7 +123,7 @@ async def test_nothing_crosses_to_the_next_owner_of_the_number(bench: Bench, nam
     fd = a.detach()
 
     def replace() -> None:
-        trio.lowlevel.notify_closing(fd)
+        lowlevel.notify_closing(fd)
         os.close(fd)
         os.dup2(new.fileno(), fd)
         bench.keep(fd)
@@ -189,8 +189,8 @@ async def test_close_is_no_concern_of_other_fds(bench: Bench) -> None:
         attempt = await parked(nursery, lowlevel.recv, a, bytearray(9))
         waiter = await parked(nursery, trio.lowlevel.wait_readable, b)
         await lowlevel.close(other)
-        trio.lowlevel.notify_closing(-1)
-        trio.lowlevel.notify_closing(other)
+        lowlevel.notify_closing(-1)
+        lowlevel.notify_closing(other)
         b.send(b"hello")
         a.send(b"x")
         assert await attempt.result() == 5
@@ -204,7 +204,7 @@ async def test_close_hands_over_what_was_done(bench: Bench) -> None:
     b.send(b"hel")
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, lowlevel.recv, a, buffer, socket.MSG_WAITALL)
-        trio.lowlevel.notify_closing(a)
+        lowlevel.notify_closing(a)
         assert await attempt.result() == 3
 
 
@@ -213,7 +213,7 @@ async def test_cancel_after_close(bench: Bench) -> None:
     a, _ = bench.sockets()
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, lowlevel.recv, a, bytearray(1))
-        trio.lowlevel.notify_closing(a)
+        lowlevel.notify_closing(a)
         attempt.scope.cancel()
         await attempt.settled()
         assert attempt.cancelled or isinstance(attempt.error, trio.ClosedResourceError)

@@ -46,7 +46,7 @@ TOUCHES: dict[str, Callable[[int], object]] = {
     "pending": lambda fd: manager().ring.pending(),
     "enable": lambda fd: manager().ring.enable(),
     "eventfd": lambda fd: manager().ring.register_eventfd(0),
-    "close an fd": trio.lowlevel.notify_closing,
+    "close an fd": lowlevel.notify_closing,
 }
 
 

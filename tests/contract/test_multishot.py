@@ -469,7 +469,7 @@ async def test_its_fd_is_closed(bench: Bench, name: str, when: str, how: str) ->
         if how == "close":
             await lowlevel.close(fd)
         else:
-            trio.lowlevel.notify_closing(fd)
+            lowlevel.notify_closing(fd)
             os.close(fd)
         assert states() in ([], ["CANCELLING"])
         if attempt is not None:
@@ -1026,7 +1026,7 @@ async def test_the_end_while_another_task_waits_for_buffers(bench: Bench) -> Non
                 if how == "stop":
                     await starving.stop()
                 elif how == "close":
-                    trio.lowlevel.notify_closing(b)
+                    lowlevel.notify_closing(b)
                 if how != "close":
                     await starving.__aexit__(None, None, None)
                 await attempt.settled()

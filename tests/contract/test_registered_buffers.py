@@ -173,7 +173,7 @@ async def test_closed_while_it_is_used(bench: Bench, name: str, end: str) -> Non
             elif end == "cancelled":
                 attempt.scope.cancel()
             else:
-                trio.lowlevel.notify_closing(fd)
+                lowlevel.notify_closing(fd)
             assert pinned(data)
             await attempt.settled()
     assert not pinned(data)

@@ -77,7 +77,7 @@ async def test_eagain_is_a_wait(bench: Bench, name: str, end: str) -> None:
         if end == "cancelled":
             assert await attempt.cancel()
         elif end == "closed":
-            trio.lowlevel.notify_closing(fd)
+            lowlevel.notify_closing(fd)
             with pytest.raises(trio.ClosedResourceError):
                 await attempt.result()
         elif name == "read":

@@ -442,7 +442,7 @@ def test_outcomes_of_dead_runs_are_no_cycles(mount: Mount, bench: Bench) -> None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_expect_closed, a)
             await trio.testing.wait_all_tasks_blocked()
-            trio.lowlevel.notify_closing(a)
+            lowlevel.notify_closing(a)
 
     async def main() -> dict[str, list[Any]]:
         garbage: dict[str, list[Any]] = {}

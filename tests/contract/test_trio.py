@@ -259,7 +259,7 @@ async def test_the_end_of_the_peers_data_is_no_room(bench: Bench, end: str) -> N
         if end == "cancelled":
             assert await attempt.cancel()
         elif end == "closed":
-            trio.lowlevel.notify_closing(a)
+            lowlevel.notify_closing(a)
             with pytest.raises(trio.ClosedResourceError):
                 await attempt.result()
         else:

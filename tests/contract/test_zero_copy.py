@@ -287,7 +287,7 @@ async def test_what_is_tried_again(bench: Bench, end: str) -> None:
         elif end == "cancelled":
             assert await attempt.cancel()
         else:
-            trio.lowlevel.notify_closing(a)
+            lowlevel.notify_closing(a)
             with pytest.raises(trio.ClosedResourceError):
                 await attempt.result()
     await released.wait()
@@ -299,7 +299,7 @@ async def test_closed_while_it_waits_for_room(bench: Bench) -> None:
     data, released = bytearray(b"hello"), told()
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, lambda: lowlevel.send_zc(a, data, released=released))
-        trio.lowlevel.notify_closing(a)
+        lowlevel.notify_closing(a)
         with pytest.raises(trio.ClosedResourceError):
             await attempt.result()
     await released.wait()
@@ -312,7 +312,7 @@ async def test_closed_while_it_waits_for_the_release(bench: Bench) -> None:
     data = bytearray(os.urandom(SIZE))
     async with trio.open_nursery() as nursery:
         attempt = await parked(nursery, lowlevel.send_zc, a, data)
-        trio.lowlevel.notify_closing(a)
+        lowlevel.notify_closing(a)
         a.close()
         assert pinned(data)
         assert drain(b, SIZE) == data

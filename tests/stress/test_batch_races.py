@@ -160,7 +160,7 @@ async def test_a_close_races_with_the_data(bench: Bench, partner: Partner) -> No
             partner.begin(partial(os.write, write_end, b"x"))
             if n % 2:
                 partner.result()
-            trio.lowlevel.notify_closing(read_end)
+            lowlevel.notify_closing(read_end)
             os.dup2(decoy[0], read_end)
             os.write(feed, b"y")
             first, second = await attempt.result()
@@ -234,7 +234,7 @@ async def test_everything_at_once(bench: Bench, seed: int) -> None:
                         n = choices.randrange(len(pipes))
                         fds, pipes[n] = pipes[n], os.pipe()
                         for fd in fds:
-                            trio.lowlevel.notify_closing(fd)
+                            lowlevel.notify_closing(fd)
                             os.close(fd)
                 for scope in scopes:
                     scope.cancel()

@@ -84,7 +84,7 @@ async def test_every_connection_is_accepted_closed_or_left_in_the_backlog(bench:
                     os.close(await connections.__anext__())
                     accepted += 1
                 if close:
-                    trio.lowlevel.notify_closing(listener)
+                    lowlevel.notify_closing(listener)
         listener.setblocking(False)
         left = 0
         while True:
@@ -112,7 +112,7 @@ async def test_a_reused_number_receives_nothing_of_the_former_file(bench: Bench)
         async with lowlevel.recv_multishot(a) as chunks:
             b.send(b"x")
             assert await chunks.__anext__() == b"x"
-            trio.lowlevel.notify_closing(a)
+            lowlevel.notify_closing(a)
             os.dup2(other.fileno(), a.fileno())
             feed.send(b"secret")
             if n % 2:

@@ -289,7 +289,7 @@ async def test_closes(partner: Partner) -> None:
             fd, buffer = a.detach(), bytearray(9)
 
             def close(fd: int = fd, new: socket.socket = new) -> None:
-                trio.lowlevel.notify_closing(fd)
+                lowlevel.notify_closing(fd)
                 os.dup2(new.fileno(), fd)  # closes it, too
 
             if i % 7:

@@ -21,6 +21,7 @@ LAYERS: Final = (
     {"_job", "_shots", "_registered"},
     {"_rows"},
     {"_core"},
+    {"_attached"},
     {"_mount"},
     {"_ops", "_fallback"},
     {"_file_ops", "_socket_ops", "_other_ops", "_zero_copy", "_mailbox", "_multishot"},

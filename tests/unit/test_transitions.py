@@ -261,6 +261,9 @@ class Receiver:
     def fd_closed(self) -> None:
         self.closed += 1
 
+    def fail(self, error: RingError) -> None:
+        raise AssertionError("this ring does not fail")
+
     def forsake(self) -> None:
         self.forsaken += 1
 

@@ -1,0 +1,293 @@
+"""A ring beside trio's own I/O manager, for a run that was started without one.
+
+It is mounted when a task first asks for something, through nothing but trio's public interface, and goes with the run.
+trio waits in its epoll as ever; so everything here is about one question: how does that wait learn of the ring?
+
+* **An Instrument** is called around each wait. Before it, everything staged is submitted and what is done is reaped;
+  after it, what has completed meanwhile is.
+* **An eventfd**, which the kernel signals at completions, is watched by a system task of ours, so that epoll wakes. It
+  is registered anew for each wait and taken out after it: while tasks are busy nobody needs to be told, and a task
+  switch for each completion is what it would cost. Whatever completes before it is registered is looked for after it
+  is, and the eventfd is written to by hand.
+* **An Instrument costs something in each tick**, used or not. So it is added when an entry is staged and removed when
+  nothing has been under way for a while. What comes then (a message to a mailbox, a forced wake-up) finds the eventfd
+  registered, and the watching task brings it in.
+* **trio ends system tasks with the main task**, but others of them may still have operations in flight, and
+  asynchronous generators may begin new ones. No task can watch then. The wait is in the ring, for a short time, and
+  then in epoll for none, in turns.
+* **In guest mode** the hooks run in the host's thread, which owns the ring. The wait between them is another thread's
+  meanwhile, and what the host's callbacks stage is submitted at once.
+* **A hook that raises is removed by trio**, with a line in a log. So what happens in one is caught here: the ring has
+  failed then, and everybody who waits for it is told. The memory of what was in flight stays where it is until the run
+  ends and the ring has been drained; if it cannot be, for ever.
+
+``trio.lowlevel.notify_closing`` knows nothing of this ring; `notify_closing` tells both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, ClassVar, Final, NoReturn
+
+import outcome
+import trio
+from trio.lowlevel import enable_ki_protection
+
+from ._cancel import State
+from ._core import _CANCEL_TOKEN, _FIRST_INDEX, UringIOManager, _drain_eventfd, ring_failed
+from ._errors import RingError
+from ._ring import Ring
+from ._shots import Shots
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ._core import HasFileno
+    from ._ring import RingConfig
+
+_QUIET_TICKS: Final = 32
+"""After so many without anything under way the hooks are removed; to add them again costs about ten such ticks."""
+
+_TURN: Final = 0.005
+"""Seconds in the ring at a time when no task can watch the eventfd."""
+
+_WITH_TASK: Final = frozenset({State.STAGED, State.IN_FLIGHT, State.CANCELLING})
+"""States in which a parked task waits for a CQE."""
+
+
+def _nothing() -> None:
+    """For `trio.lowlevel.TrioToken.run_sync_soon`: ends a wait."""
+
+
+class _Ring(Ring):
+    """One whose methods can be replaced: see `AttachedManager._watch_staging`."""
+
+
+class _Ticks(trio.abc.Instrument):
+    """Called around each wait, while there is anything to wait for."""
+
+    def __init__(self, manager: AttachedManager) -> None:
+        self._manager = manager
+
+    def before_io_wait(self, timeout: float) -> None:
+        manager = self._manager
+        try:
+            manager.before_wait(timeout)
+        except BaseException as exc:
+            manager.fail(exc)
+
+    def after_io_wait(self, timeout: float) -> None:
+        manager = self._manager
+        try:
+            manager.after_wait()
+        except BaseException as exc:
+            manager.fail(exc)
+
+
+class _End(trio.abc.Instrument):
+    """Called at the end of the run, whatever ends it."""
+
+    def __init__(self, manager: AttachedManager) -> None:
+        self._manager = manager
+
+    def after_run(self) -> None:
+        self._manager.close()
+
+
+class AttachedManager(UringIOManager):
+    """A ring for the current run, which has an I/O manager of trio's.
+
+    Args:
+        config: see `RingConfig`.
+        ring: a ring to use instead of a new one (a simulated one in tests).
+
+    Raises:
+        UnavailableError: there can be no ring; the message says why.
+    """
+
+    carries_sockets: ClassVar[bool] = False  # trio's own waits, and closing of sockets, are epoll's
+
+    @enable_ki_protection
+    def __init__(self, config: RingConfig, ring: Ring | None = None) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._eventfd = -1
+        self._registered = False
+        self._watched = False
+        self._hooked = False
+        self._quiet = 0
+        self._ticks: Final = _Ticks(self)
+        super().__init__(config, _Ring(config) if ring is None else ring)
+        try:
+            self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self.own_ring()
+            trio.lowlevel.add_instrument(_End(self))
+        except BaseException:
+            self.close()
+            raise
+        self._hook()
+        try:
+            trio.lowlevel.spawn_system_task(self._watch, name="<trio_uring: watches the ring>")
+            self._watched = True
+        except RuntimeError:  # the run is about to end
+            pass
+
+    # The hooks
+
+    def _hook(self) -> None:
+        self._hooked = True
+        self._quiet = 0
+        trio.lowlevel.add_instrument(self._ticks)
+        ring: Any = self.ring
+        vars(ring).pop("stage", None)
+        vars(ring).pop("stage_job", None)
+
+    def _unhook(self) -> None:
+        """Whoever stages something from now on puts the hooks back."""
+        self._hooked = False
+        self._signal_completions()
+        trio.lowlevel.remove_instrument(self._ticks)
+        ring: Any = self.ring
+
+        def stage(*args: Any) -> int:
+            self._hook()
+            return self.ring.stage(*args)
+
+        def stage_job(*args: Any) -> int:
+            self._hook()
+            return self.ring.stage_job(*args)
+
+        ring.stage, ring.stage_job = stage, stage_job
+
+    def _under_way(self) -> bool:
+        """Is there anything a CQE may come for, messages apart?"""
+        return len(self._slots) - len(self._idle) - len(self._idle_uncounted) > _FIRST_INDEX
+
+    def before_wait(self, timeout: float) -> None:
+        """trio is about to wait in its epoll, for up to ``timeout`` seconds."""
+        ring = self.ring
+        events = ring.tick(0)
+        self._now = 0.0
+        if events:
+            self.process_events(events)
+        under_way = self._under_way()
+        if under_way or events or ring.staged:
+            self._quiet = 0
+        else:
+            self._quiet += 1
+            if self._quiet > _QUIET_TICKS and self._watched:
+                self._unhook()
+                return
+        self._worker_waits = True
+        if timeout <= 0:
+            return
+        if events or ring.staged:
+            self._end_wait()
+        elif self._watched:
+            self._signal_completions()
+        elif under_way or self.mail:
+            self._take_turns(timeout)
+
+    def _signal_completions(self) -> None:
+        self.ring.register_eventfd(self._eventfd)
+        self._registered = True
+        if self.ring.pending():
+            os.eventfd_write(self._eventfd, 1)
+
+    def _take_turns(self, timeout: float) -> None:
+        self.process_events(self.ring.tick(min(timeout, _TURN)))
+        self._end_wait()
+
+    def _end_wait(self) -> None:
+        """Ends trio's wait, the current or the next one."""
+        if self._watched:
+            os.eventfd_write(self._eventfd, 1)
+        else:
+            self._token.run_sync_soon(_nothing, idempotent=True)
+
+    def after_wait(self) -> None:
+        """trio has waited."""
+        self._worker_waits = False
+        ring = self.ring
+        if self._registered:
+            self._registered = False
+            ring.register_eventfd(-1)
+        events = ring.tick(0)
+        self._now = 0.0
+        if events:
+            self.process_events(events)
+
+    async def _watch(self) -> None:
+        """A system task: has trio's epoll wake when the ring has something."""
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._eventfd)
+                _drain_eventfd(self._eventfd)
+                if not self._hooked and not self.failure:
+                    self._hook()
+        finally:
+            self._watched = False
+
+    # What is different beside another I/O manager
+
+    def ask_cancel(self, token: int, notice: int = _CANCEL_TOKEN) -> None:
+        """See `UringIOManager.ask_cancel`."""
+        super().ask_cancel(token, notice)
+        if self._worker_waits and self.ring.pending():
+            self._end_wait()
+
+    def notify_closing(self, fd: int | HasFileno) -> None:
+        """Tells trio's own I/O manager, too."""
+        if not self._closed:
+            trio.lowlevel.notify_closing(fd)
+        super().notify_closing(fd)
+        if self._worker_waits and not self._closed and self.ring.pending():
+            self._end_wait()
+
+    # The end
+
+    def fail(self, cause: BaseException) -> None:
+        """The ring cannot be relied on any more: whoever waits for it hears of it, and whoever comes later."""
+        if self.failure is not None:
+            return
+        self.failure = cause
+        self._worker_waits = False
+        if self._hooked:
+            self._hooked = False
+            trio.lowlevel.remove_instrument(self._ticks)
+        while self._queue:
+            waiting, _ = self._queue.popitem()
+            trio.lowlevel.reschedule(waiting, outcome.Error(ring_failed(cause)))
+        self.registered.fail(ring_failed(cause))
+        self.mail.fail(ring_failed(cause))
+        for operation in self._operations():
+            task = operation.task
+            if isinstance(operation, Shots):
+                operation.receiver.fail(ring_failed(cause))
+            elif task is not None and operation.state in _WITH_TASK:
+                self.wake(task, outcome.Error(ring_failed(cause)))
+            else:
+                continue
+            with contextlib.suppress(RingError, OSError):  # what it has in the ring's tables goes with the ring
+                operation.abandon()
+
+        def refuse(*_: object) -> NoReturn:
+            raise ring_failed(cause)
+
+        ring: Any = self.ring
+        ring.stage = ring.stage_job = refuse
+        self._token.run_sync_soon(_nothing)
+
+    def close(self) -> None:
+        """See `UringIOManager.close`."""
+        if self._closed:
+            return
+        ring: Any = self.ring
+        vars(ring).pop("stage", None)
+        vars(ring).pop("stage_job", None)
+        self._worker_waits = False
+        try:
+            super().close()
+        finally:
+            if self._eventfd >= 0:
+                os.close(self._eventfd)
