@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SECONDS = 30
+SECONDS = 5
 _CACHED_THREAD = re.compile(r"Trio thread \d+")  # idle: at work it has the name of its job
 
 
@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     config.addinivalue_line("markers", "seconds(n): how long the test may take before it fails")
     config.addinivalue_line("markers", "ring(**config): the RingConfig of an async test")
+    config.addinivalue_line("markers", "native(why): for runs whose I/O manager is the ring, not for those beside trio's")
 
 
 def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
@@ -69,7 +70,11 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture(params=MOUNTS)
 def mount(request: pytest.FixtureRequest) -> Mount:
     """Each way to tie a ring to a run; ``mount.run`` runs an async function on it."""
-    return MOUNTS[request.param]
+    mount = MOUNTS[request.param]
+    marker = request.node.get_closest_marker("native")
+    if marker and not mount.native:
+        pytest.skip(marker.args[0])
+    return mount
 
 
 @pytest.fixture
@@ -139,9 +144,10 @@ def no_thread_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def hooks_are_calm(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """What goes wrong in an Instrument, trio only logs."""
+    """What goes wrong in an Instrument of ours, trio only logs."""
     yield
-    assert not [record for record in caplog.get_records("call") if record.name == "trio.abc.Instrument"]
+    records = [record.getMessage() for record in caplog.get_records("call") if record.name == "trio.abc.Instrument"]
+    assert not [message for message in records if "trio_uring" in message]
 
 
 def _open_fds() -> dict[int, str]:

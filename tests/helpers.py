@@ -45,7 +45,7 @@ T = TypeVar("T")
 REQUIRED = RingConfig(mode="require")
 IOSQE_ASYNC = 1 << 4
 _OF_TRIO = re.compile(
-    "coroutine ignored GeneratorExit|must be called from async context|was never awaited|Nursery.__del__"
+    "coroutine ignored GeneratorExit|closed epoll object|must be called from async context|was never awaited|Nursery.__del__"
 )
 
 
@@ -63,6 +63,7 @@ class Mount:
 
     name: str
     run: Run
+    native: bool = True  #: is the run's I/O manager the ring?
 
 
 def run_native(async_fn: Callable[..., Awaitable[T]], *args: object, config: RingConfig = REQUIRED, **kwargs: Any) -> T:
@@ -163,8 +164,8 @@ MOUNTS = {
         Mount("native", run_native),
         Mount("guest", run_guest),
         Mount("public-wake", run_with_public_wake),
-        Mount("attached", run_attached),
-        Mount("attached-guest", run_attached_guest),
+        Mount("attached", run_attached, native=False),
+        Mount("attached-guest", run_attached_guest, native=False),
     )
 }
 

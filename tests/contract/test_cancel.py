@@ -183,6 +183,7 @@ async def test_a_cancel_nobody_here_asked_for_is_an_error(bench: Bench) -> None:
     assert raised.value.errno == errno.ECANCELED
 
 
+@pytest.mark.native("trio's own waits are epoll's")
 async def test_a_cancelled_wait_for_readiness_is_released_at_once(bench: Bench) -> None:
     a, b = bench.sockets()
     async with trio.open_nursery() as nursery:

@@ -113,8 +113,13 @@ async def test_the_peer_sees_the_end_at_once(bench: Bench, name: str) -> None:
         await attempt.settled()
 
 
-@pytest.mark.parametrize("name", USES)
-@pytest.mark.parametrize("when", ["staged", "in flight"])
+_STAGED_WAIT = pytest.param(
+    "wait_readable", "staged", marks=pytest.mark.native("trio's own wait raises it in whoever calls notify_closing then")
+)
+_STAGED = [(name, "staged") for name in USES if name != "wait_readable"]
+
+
+@pytest.mark.parametrize(("name", "when"), [*((name, "in flight") for name in USES), *_STAGED, _STAGED_WAIT])
 async def test_nothing_crosses_to_the_next_owner_of_the_number(bench: Bench, name: str, when: str) -> None:
     """The fd is closed and its number reused in the same tick."""
     a, b = bench.sockets()

@@ -117,6 +117,7 @@ def test_forks_outside_of_runs() -> None:
     assert in_child(lambda: in_child(run)) == 9
 
 
+@pytest.mark.native("the child of a stock run shares trio's own epoll with its parent, and takes things out of it")
 def test_the_child_that_goes_on_with_the_run(mount: Mount, bench: Bench) -> None:
     """Its next tick fails; the parent's run goes on."""
     results, result = bench.pipe()

@@ -1536,6 +1536,14 @@ async def test_what_cannot_be(bench: Bench) -> None:
         lowlevel.accept_multishot(read_end, -1)
 
 
+@pytest.mark.native("each I/O manager knows who waits with it")
+async def test_busy_for_trio(bench: Bench) -> None:
+    listener = bench.listener()
+    async with lowlevel.accept_multishot(listener):
+        with pytest.raises(trio.BusyResourceError):
+            await trio.lowlevel.wait_readable(listener)
+
+
 async def test_busy(bench: Bench) -> None:
     """One direction of a socket has one user."""
     listener = bench.listener()
@@ -1545,7 +1553,6 @@ async def test_busy(bench: Bench) -> None:
             lambda: lowlevel.accept_multishot(listener),
             [
                 lambda: lowlevel.accept(listener),
-                lambda: trio.lowlevel.wait_readable(listener),  # noqa: ASYNC105
                 lowlevel.accept_multishot(listener).__aenter__,
             ],
         ),
