@@ -11,7 +11,18 @@ import trio_uring
 
 from ._harness import ROOT, describe_machine
 
-BENCHMARKS: Final = ("reads", "files", "whole_files", "batch", "multishot", "pyaio", "idle_tick", "echo", "cancel")
+BENCHMARKS: Final = (
+    "reads",
+    "files",
+    "whole_files",
+    "batch",
+    "multishot",
+    "pyaio",
+    "idle_tick",
+    "echo",
+    "cancel",
+    "mounts",
+)
 
 
 def main() -> None:

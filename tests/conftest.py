@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SECONDS = 5
+SECONDS = 30
 _CACHED_THREAD = re.compile(r"Trio thread \d+")  # idle: at work it has the name of its job
 
 
@@ -33,7 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     config.addinivalue_line("markers", "seconds(n): how long the test may take before it fails")
     config.addinivalue_line("markers", "ring(**config): the RingConfig of an async test")
-    config.addinivalue_line("markers", "native(why): for runs whose I/O manager is the ring, not for those beside trio's")
+    config.addinivalue_line(
+        "markers", "native(why): for runs whose I/O manager is the ring, not for those beside trio's"
+    )
 
 
 def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:

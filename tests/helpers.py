@@ -45,7 +45,8 @@ T = TypeVar("T")
 REQUIRED = RingConfig(mode="require")
 IOSQE_ASYNC = 1 << 4
 _OF_TRIO = re.compile(
-    "coroutine ignored GeneratorExit|closed epoll object|must be called from async context|was never awaited|Nursery.__del__"
+    "coroutine ignored GeneratorExit|must be called from async context|was never awaited|Nursery.__del__"
+    "|I/O operation on closed epoll object"
 )
 
 

@@ -9,6 +9,8 @@ trio waits in its epoll as ever; so everything here is about one question: how d
   is registered anew for each wait and taken out after it: while tasks are busy nobody needs to be told, and a task
   switch for each completion is what it would cost. Whatever completes before it is registered is looked for after it
   is, and the eventfd is written to by hand.
+* **That wake-up costs three system calls**, and most operations complete while they are submitted. So the first entry
+  of a tick that may do so wakes another task of ours, which does nothing: while a task can run, trio does not wait.
 * **An Instrument costs something in each tick**, used or not. So it is added when an entry is staged and removed when
   nothing has been under way for a while. What comes then (a message to a mailbox, a forced wake-up) finds the eventfd
   registered, and the watching task brings it in.
@@ -34,6 +36,7 @@ import outcome
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._abi import Opcode
 from ._cancel import State
 from ._core import _CANCEL_TOKEN, _FIRST_INDEX, UringIOManager, _drain_eventfd, ring_failed
 from ._errors import RingError
@@ -41,7 +44,10 @@ from ._ring import Ring
 from ._shots import Shots
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
+
+    from trio.lowlevel import Abort, RaiseCancelT, Task
 
     from ._core import HasFileno
     from ._ring import RingConfig
@@ -52,6 +58,12 @@ _QUIET_TICKS: Final = 32
 _TURN: Final = 0.005
 """Seconds in the ring at a time when no task can watch the eventfd."""
 
+_OPCODE: Final = 0xFF
+_WAIT: Final = frozenset(
+    {Opcode.RECV, Opcode.RECVMSG, Opcode.ACCEPT, Opcode.CONNECT, Opcode.POLL_ADD, Opcode.TIMEOUT, Opcode.STATX}
+)
+"""Opcodes that seldom complete while they are submitted."""
+
 _WITH_TASK: Final = frozenset({State.STAGED, State.IN_FLIGHT, State.CANCELLING})
 """States in which a parked task waits for a CQE."""
 
@@ -61,7 +73,7 @@ def _nothing() -> None:
 
 
 class _Ring(Ring):
-    """One whose methods can be replaced: see `AttachedManager._watch_staging`."""
+    """One whose methods can be replaced: see `AttachedManager._staging_is`."""
 
 
 class _Ticks(trio.abc.Instrument):
@@ -115,6 +127,7 @@ class AttachedManager(UringIOManager):
         self._registered = False
         self._watched = False
         self._hooked = False
+        self._wakeful: Task | None = None
         self._quiet = 0
         self._ticks: Final = _Ticks(self)
         super().__init__(config, _Ring(config) if ring is None else ring)
@@ -129,6 +142,7 @@ class AttachedManager(UringIOManager):
         try:
             trio.lowlevel.spawn_system_task(self._watch, name="<trio_uring: watches the ring>")
             self._watched = True
+            trio.lowlevel.spawn_system_task(self._stay_awake, name="<trio_uring: stays awake>")
         except RuntimeError:  # the run is about to end
             pass
 
@@ -137,27 +151,61 @@ class AttachedManager(UringIOManager):
     def _hook(self) -> None:
         self._hooked = True
         self._quiet = 0
+        self._staging_is(None)
         trio.lowlevel.add_instrument(self._ticks)
-        ring: Any = self.ring
-        vars(ring).pop("stage", None)
-        vars(ring).pop("stage_job", None)
 
     def _unhook(self) -> None:
         """Whoever stages something from now on puts the hooks back."""
         self._hooked = False
         self._signal_completions()
         trio.lowlevel.remove_instrument(self._ticks)
-        ring: Any = self.ring
+        self._staging_is(self._hook_and_keep_awake)
 
-        def stage(*args: Any) -> int:
-            self._hook()
-            return self.ring.stage(*args)
+    def _staging_is(self, noticed: Callable[[int], object] | None) -> None:
+        """``noticed`` is called with the opcode when something is to be staged."""
+        methods = vars(self.ring)
+        if noticed is None:
+            methods.pop("stage", None)
+            methods.pop("stage_job", None)
+            return
+        stage, stage_job = type(self.ring).stage, type(self.ring).stage_job
 
-        def stage_job(*args: Any) -> int:
-            self._hook()
-            return self.ring.stage_job(*args)
+        def first(head: int, *args: Any) -> int:
+            noticed(head & _OPCODE)
+            return stage(self.ring, head, *args)
 
-        ring.stage, ring.stage_job = stage, stage_job
+        def first_job(*args: Any) -> int:
+            noticed(Opcode.NOP)
+            return stage_job(self.ring, *args)
+
+        methods.update(stage=first, stage_job=first_job)
+
+    def _hook_and_keep_awake(self, opcode: int) -> None:
+        self._hook()
+        self._keep_awake(opcode)
+
+    def _keep_awake(self, opcode: int) -> None:
+        """What may complete at once is not to wait for an eventfd."""
+        if opcode not in _WAIT and self._wakeful is not None:
+            self._staging_is(None)
+            task, self._wakeful = self._wakeful, None
+            trio.lowlevel.reschedule(task)
+
+    async def _stay_awake(self) -> None:
+        """A system task: one that can run while something is staged."""
+
+        def abort(_: RaiseCancelT) -> Abort:
+            self._wakeful = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        while True:
+            if self.ring.staged:
+                await trio.lowlevel.checkpoint()
+                continue
+            self._wakeful = trio.lowlevel.current_task()
+            if self._hooked:
+                self._staging_is(self._keep_awake)
+            await trio.lowlevel.wait_task_rescheduled(abort)
 
     def _under_way(self) -> bool:
         """Is there anything a CQE may come for, messages apart?"""
@@ -271,20 +319,17 @@ class AttachedManager(UringIOManager):
             with contextlib.suppress(RingError, OSError):  # what it has in the ring's tables goes with the ring
                 operation.abandon()
 
-        def refuse(*_: object) -> NoReturn:
+        def refuse(_: int) -> NoReturn:
             raise ring_failed(cause)
 
-        ring: Any = self.ring
-        ring.stage = ring.stage_job = refuse
+        self._staging_is(refuse)
         self._token.run_sync_soon(_nothing)
 
     def close(self) -> None:
         """See `UringIOManager.close`."""
         if self._closed:
             return
-        ring: Any = self.ring
-        vars(ring).pop("stage", None)
-        vars(ring).pop("stage_job", None)
+        self._staging_is(None)
         self._worker_waits = False
         try:
             super().close()

@@ -114,7 +114,9 @@ async def test_the_peer_sees_the_end_at_once(bench: Bench, name: str) -> None:
 
 
 _STAGED_WAIT = pytest.param(
-    "wait_readable", "staged", marks=pytest.mark.native("trio's own wait raises it in whoever calls notify_closing then")
+    "wait_readable",
+    "staged",
+    marks=pytest.mark.native("trio's own wait raises it in whoever calls notify_closing then"),
 )
 _STAGED = [(name, "staged") for name in USES if name != "wait_readable"]
 

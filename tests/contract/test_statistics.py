@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from tests.helpers import Attempt, parked
 import trio_uring
+from tests.helpers import Attempt, parked
 from trio_uring import RingConfig, UnavailableError, UringStatistics, lowlevel, statistics
 
 if TYPE_CHECKING:

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from tests.helpers import Bench
 
 POISON = 0xA5
-FAILS_THE_RUN = pytest.mark.native("beside trio's own manager it fails those who wait, and not the run; see test_attached")
+FAILS_THE_RUN = pytest.mark.native(
+    "beside trio's own manager it fails those who wait, and not the run; see test_attached"
+)
 
 
 class Wreck:

@@ -1093,7 +1093,7 @@ async def test_two_senders(bench: Bench) -> None:
     ours, theirs = socket_streams(bench)
     async with ours, theirs, trio.open_nursery() as nursery:
         attempt = await parked(nursery, send_file, path, ours)
-        while not trio.lowlevel.current_statistics().io_statistics.tasks_waiting_write:  # type: ignore[union-attr]
+        while not trio.lowlevel.current_statistics().io_statistics.tasks_waiting_write:
             await trio.lowlevel.checkpoint()
         with pytest.raises(trio.BusyResourceError):
             await send_file(path, ours)

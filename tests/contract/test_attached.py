@@ -1,0 +1,697 @@
+"""A ring that is mounted by the first call, in a run that was started without one."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import resource
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+import trio
+import trio.testing
+
+import trio_uring
+from tests.helpers import (
+    Attempt,
+    Host,
+    Mount,
+    attached_first,
+    in_child,
+    interrupted_at_line,
+    manager,
+    manager_or_none,
+    parked,
+    run_attached,
+    run_attached_guest,
+    spin_until,
+)
+from trio_uring import RingConfig, RingError, UnavailableError, UringStatistics, _core, lowlevel, statistics
+from trio_uring._attached import _QUIET_TICKS, AttachedManager
+from trio_uring.lowlevel import BufferPool, Mailbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from pathlib import Path
+
+    from tests.helpers import Bench
+
+BESIDE = [Mount("attached", run_attached, native=False), Mount("attached-guest", run_attached_guest, native=False)]
+
+
+@pytest.fixture(params=BESIDE, ids=lambda mount: mount.name)
+def mount(request: pytest.FixtureRequest) -> Mount:
+    """These are about what is beside trio's own manager."""
+    found: Mount = request.param
+    return found
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(b"hello")
+    return path
+
+
+# The first call
+
+
+async def _open_file(path: Path) -> object:
+    async with await trio_uring.open_file(path) as opened:
+        return await opened.read()
+
+
+async def _read(path: Path) -> object:
+    with open(path, "rb") as opened:
+        return await lowlevel.read(opened, bytearray(9))
+
+
+async def _batch(path: Path) -> object:
+    batch = lowlevel.batch()
+    batch.add(lowlevel.nop)
+    return await batch.run()
+
+
+async def _buffers(path: Path) -> object:
+    with BufferPool(4, 16), lowlevel.RegisteredBuffer(bytearray(9)), Mailbox[int]():
+        return True
+
+
+async def _ticks(path: Path) -> object:
+    async with lowlevel.timeout_multishot(0.001) as ticks:
+        return await ticks.__anext__()
+
+
+FIRST_CALLS: dict[str, Callable[[Path], Awaitable[object]]] = {
+    "open_file": _open_file,
+    "Path.exists": lambda path: trio_uring.Path(path).exists(),
+    "Path.read_bytes": lambda path: trio_uring.Path(path).read_bytes(),
+    "read_file": trio_uring.read_file,
+    "read": _read,
+    "nop": lambda path: lowlevel.nop(),
+    "batch": _batch,
+    "buffers": _buffers,
+    "ticks": _ticks,
+}
+
+
+@pytest.mark.parametrize("first", FIRST_CALLS)
+def test_it_needs_no_set_up(first: str, file: Path) -> None:
+    async def main() -> None:
+        with pytest.raises(UnavailableError, match="no ring, at least not yet"):
+            statistics()
+        for _ in range(2):
+            result = await FIRST_CALLS[first](file)
+            assert result is None if first == "nop" else result
+            assert isinstance(statistics(), UringStatistics)
+            mounted.append(manager())
+        assert not isinstance(trio.lowlevel.current_statistics().io_statistics, UringStatistics)
+
+    mounted: list[Any] = []
+    trio.run(main)
+    assert mounted[0] is mounted[1]
+    assert isinstance(mounted[0], AttachedManager)
+    assert mounted[0].closed
+
+
+@pytest.mark.trio
+async def test_in_a_test_of_pytest_trio(file: Path) -> None:
+    assert await trio_uring.Path(file).read_text() == "hello"
+    assert isinstance(manager(), AttachedManager)
+
+
+def test_on_anyio(file: Path) -> None:
+    async def main() -> None:
+        assert await trio_uring.Path(file).read_text() == "hello"
+        with anyio.move_on_after(0.01) as scope:
+            await lowlevel.timeout(1e6)
+        assert scope.cancelled_caught
+
+    anyio.run(main, backend="trio")
+
+
+def test_as_a_guest_of_asyncio(bench: Bench) -> None:
+    a, b = bench.sockets()
+
+    async def guest() -> bytes:
+        buffer = bytearray(9)
+        return bytes(buffer[: await lowlevel.recv(a, buffer)])
+
+    async def host() -> bytes:
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        trio.lowlevel.start_guest_run(
+            guest, run_sync_soon_threadsafe=loop.call_soon_threadsafe, done_callback=done.set_result
+        )
+        for _ in range(5):
+            await asyncio.sleep(0.001)
+        b.send(b"hello")
+        result: bytes = (await done).unwrap()
+        return result
+
+    assert asyncio.run(host()) == b"hello"
+
+
+def test_each_thread_its_own(file: Path) -> None:
+    async def inner() -> AttachedManager:
+        assert await trio_uring.read_file(file) == b"hello"
+        found = manager()
+        assert isinstance(found, AttachedManager)
+        return found
+
+    async def main() -> None:
+        mine = await inner()
+        assert await trio.to_thread.run_sync(trio.run, inner) is not mine
+        assert await trio.to_thread.run_sync(trio.from_thread.run, inner) is mine
+        assert await trio.to_thread.run_sync(manager_or_none) is None
+
+    trio.run(main)
+
+
+def test_a_run_that_wants_none() -> None:
+    async def main() -> None:
+        with pytest.raises(UnavailableError, match="switched off"):
+            await lowlevel.nop()
+        assert manager_or_none() is None
+
+    trio_uring.run(main, config=RingConfig(mode="off"))
+
+
+def test_where_there_can_be_none(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: RingConfig) -> None:
+        raise UnavailableError(errno.EPERM, "somebody forbids it")
+
+    monkeypatch.setattr("trio_uring._attached._Ring", refuse)
+
+    async def main() -> None:
+        with pytest.raises(UnavailableError, match=r"nop needs a ring, .* can have none: somebody forbids it"):
+            await lowlevel.nop()
+        if os.environ.get("TRIO_URING"):
+            with pytest.raises(UnavailableError, match="somebody forbids it"):
+                await trio_uring.Path(file).exists()
+        else:
+            assert await trio_uring.Path(file).is_mount() is False
+        assert manager_or_none() is None
+
+    trio.run(main)
+    monkeypatch.setenv("TRIO_URING", "require")
+    trio.run(main)
+
+
+def test_not_outside_of_a_task() -> None:
+    with pytest.raises(RuntimeError, match="async context"):
+        lowlevel.batch()
+    with pytest.raises(RuntimeError, match="async context"):
+        lowlevel.notify_closing(0)
+
+
+# While nothing is under way
+
+
+async def _fall_quiet() -> None:
+    while manager()._hooked:  # type: ignore[attr-defined]
+        await trio.lowlevel.checkpoint()
+
+
+def test_the_hooks_go_and_come_back(mount: Mount, bench: Bench) -> None:
+    a, b = bench.sockets()
+
+    async def main() -> None:
+        for _ in range(3):
+            await _fall_quiet()
+            await trio.testing.wait_all_tasks_blocked()
+            async with trio.open_nursery() as nursery:
+                attempt = await parked(nursery, lowlevel.recv, a, bytearray(9))
+                for _ in range(3 * _QUIET_TICKS):
+                    await trio.lowlevel.checkpoint()
+                assert manager()._hooked  # type: ignore[attr-defined]
+                b.send(b"hello")
+                assert await attempt.result() == 5
+
+    mount.run(main)
+
+
+def test_a_message_to_a_quiet_run(mount: Mount) -> None:
+    made: list[Mailbox[int]] = []
+    quiet = threading.Event()
+
+    def send() -> None:
+        quiet.wait()
+        trio.run(made[0].send, 7)
+
+    async def main() -> None:
+        with Mailbox[int]() as mailbox:
+            made.append(mailbox)
+            await _fall_quiet()
+            quiet.set()
+            assert await mailbox.receive() == 7
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    mount.run(main)
+    thread.join()
+
+
+# The end of a run
+
+
+def test_a_system_task_that_goes_on(mount: Mount, bench: Bench) -> None:
+    a, b = bench.sockets()
+    got: list[int] = []
+
+    async def service() -> None:
+        with trio.CancelScope(shield=True):
+            for _ in range(3):
+                got.append(await lowlevel.recv(a, bytearray(9)))
+                b.send(b"again")
+            await lowlevel.timeout(0.02)
+            with pytest.raises(trio.BrokenResourceError):  # something of epoll's, too
+                await trio.SocketStream(trio.socket.from_stdlib_socket(bench.new_socket())).send_all(b"x")
+
+    async def main() -> None:
+        trio.lowlevel.spawn_system_task(service)
+        await trio.testing.wait_all_tasks_blocked()
+        b.send(b"first")
+
+    mount.run(main)
+    assert got == [5, 5, 5]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_asynchronous_generator_at_the_end(before: bool, file: Path) -> None:
+    done: list[bytes] = []
+
+    async def generator() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                done.append(await trio_uring.read_file(file))
+                await lowlevel.timeout(0.01)
+                done.append(await trio_uring.read_file(file))
+
+    async def main() -> None:
+        if before:
+            await lowlevel.nop()
+        keep.append(generator())
+        await anext(keep[0])
+
+    keep: list[Any] = []
+    trio.run(main)
+    assert done == [b"hello", b"hello"]
+
+
+# Many runs
+
+
+def _memory() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def _mappings() -> int:
+    with open("/proc/self/maps") as maps:
+        return sum("[io_uring]" in line for line in maps)
+
+
+@pytest.mark.seconds(120)
+@pytest.mark.parametrize("threads", [1, 8])
+def test_runs_that_come_and_go(threads: int, file: Path) -> None:
+    """Open fds, every test looks for."""
+
+    async def main() -> None:
+        with trio.move_on_after(0):
+            await lowlevel.timeout(1e6)
+        assert await trio_uring.read_file(file) == b"hello"
+
+    def some_runs(times: int) -> None:
+        for _ in range(times):
+            trio.run(main)
+
+    def all_runs(times: int) -> None:
+        workers = [threading.Thread(target=some_runs, args=(times // threads,)) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    all_runs(400)
+    before = _memory()
+    all_runs(2000)
+    assert _memory() - before < 4 << 20
+    assert _mappings() == 0
+    assert len(_core._open_managers) == 0
+
+
+# A ring that fails
+
+
+class Failure(Exception):
+    """What a hook is made to raise."""
+
+
+FAIL_IN = {"tick": ("ring", "tick"), "process": ("manager", "process_events"), "register": ("ring", "register_eventfd")}
+
+
+@pytest.fixture(params=FAIL_IN)
+def fail(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """Makes the next thing a hook does fail."""
+    where, name = FAIL_IN[request.param]
+    broken: list[tuple[Any, str]] = []
+
+    def start() -> None:
+        current = manager()
+        owner: Any = current if where == "manager" else current.ring
+
+        def raise_failure(*_: object) -> None:
+            mend()
+            raise Failure
+
+        def mend() -> None:
+            vars(owner).pop(name, None)
+
+        setattr(owner, name, raise_failure)
+        if where == "manager":
+            current.force_wakeup()  # something to process
+        broken.append((owner, name))
+
+    yield start
+    for owner, name in broken:
+        assert name not in vars(owner), "the hook has not come by"
+
+
+async def _iterate(multishot: Any) -> object:
+    async with multishot as results:
+        return await results.__anext__()
+
+
+async def _stop(multishot: Any) -> object:
+    async with multishot as results:
+        await results.stop()
+
+
+def test_whoever_waits_hears_of_it(mount: Mount, bench: Bench, fail: Callable[[], None]) -> None:
+    buffers = [bytearray(9) for _ in range(4)]
+    mailboxes: list[Mailbox[int]] = []
+
+    async def main() -> None:
+        read_end, _ = bench.pipe()
+        sockets = [bench.sockets() for _ in range(3)]
+        batch, chain = lowlevel.batch(), lowlevel.chain()
+        batch.add(lowlevel.read, read_end, buffers[0])
+        batch.add(lowlevel.nop)
+        chain.add(lowlevel.read, read_end, buffers[1])
+        chain.add(lowlevel.nop)
+        mailboxes.append(Mailbox())
+        async with trio.open_nursery() as nursery:
+            attempts = [
+                await parked(nursery, call, *args)
+                for call, *args in (
+                    (lowlevel.read, read_end, buffers[2]),
+                    (lowlevel.recv, sockets[0][0], buffers[3]),
+                    (lowlevel.timeout, 1e6),
+                    (batch.run,),
+                    (chain.run,),
+                    (_iterate, lowlevel.recv_multishot(sockets[1][0])),
+                    (_iterate, lowlevel.accept_multishot(bench.listener())),
+                    (mailboxes[0].receive,),
+                )
+            ]
+            fail()
+            for attempt in attempts:
+                await attempt.settled()
+                assert isinstance(attempt.error, RingError)
+                assert "ring of this run has failed: Failure()" in str(attempt.error)
+        for call in (lowlevel.nop, lowlevel.chain, lowlevel.batch, Mailbox[int]):
+            with pytest.raises(RingError, match="has failed"):
+                await call()  # type: ignore[operator]
+        with pytest.raises(RingError, match="has failed"):
+            await mailboxes[0].receive()
+        with pytest.raises(RingError, match="has failed"):
+            await trio_uring.Path("/").exists()
+        for buffer in buffers:  # the kernel may still write there
+            with pytest.raises(BufferError):
+                buffer.append(0)
+        await trio.sleep(0.001)  # the run goes on
+        await trio.to_thread.run_sync(bool)
+
+    mount.run(main)
+    for buffer in buffers:
+        buffer.append(0)
+
+
+def test_who_waits_for_a_turn_hears_of_it(mount: Mount, bench: Bench, fail: Callable[[], None]) -> None:
+    """For a slot, alone and with others, or for a place in the table of files."""
+
+    async def main() -> None:
+        read_end, _ = bench.pipe()
+        async with trio.open_nursery() as nursery:
+            attempts = [await parked(nursery, lowlevel.read, read_end, bytearray(1)) for _ in range(6)]
+            for _ in range(2):
+                batch = lowlevel.batch()
+                batch.extend(lowlevel.read, [(read_end, bytearray(1))] * 2)
+                attempts.append(await parked(nursery, batch.run))  # type: ignore[arg-type]
+            places = await manager().registered.borrow_places(manager().registered.max_direct)
+            attempts.append(await parked(nursery, manager().registered.borrow_places, 1))  # type: ignore[arg-type]
+            assert statistics().waiting_for_slot == 2 + 2
+            fail()
+            for attempt in attempts:
+                await attempt.settled()
+                assert isinstance(attempt.error, RingError)
+            assert places
+
+    mount.run(main, config=RingConfig(mode="require", entries=4, max_in_flight=4))
+
+
+def test_what_has_come_is_not_lost(mount: Mount, bench: Bench, fail: Callable[[], None]) -> None:
+    """Its task has it, though it has not run yet."""
+    a, b = bench.sockets()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            attempt = await parked(nursery, lowlevel.recv, a, bytearray(9))
+            waits = await parked(nursery, lowlevel.timeout, 1e6)
+            b.send(b"hello")
+            spin_until(manager().ring.pending)
+            manager().process_events(manager().ring.tick(0))
+            fail()
+            assert await attempt.result() == 5
+            await waits.settled()
+            assert isinstance(waits.error, RingError)
+
+    mount.run(main)
+
+
+def test_leaving_what_has_failed(mount: Mount, bench: Bench, fail: Callable[[], None]) -> None:
+    a, _ = bench.sockets()
+
+    async def main() -> None:
+        async with lowlevel.recv_multishot(a) as chunks:
+            async with trio.open_nursery() as nursery:
+                attempt = await parked(nursery, chunks.__anext__)
+                fail()
+                await attempt.settled()
+            for call in (chunks.__anext__, chunks.stop):
+                with pytest.raises(RingError, match="has failed"):
+                    await call()
+
+    mount.run(main)
+
+
+def test_a_ring_that_is_gone(mount: Mount, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can drain it: what the kernel may use stays."""
+    kept: list[object] = []
+    monkeypatch.setattr(_core, "_kept_for_ever", kept)
+    monkeypatch.setattr(_core, "DRAIN_SECONDS", 0)
+    read_end, _ = bench.pipe()
+    buffer = bytearray(9)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            attempt = await parked(nursery, lowlevel.read, read_end, buffer)
+
+            def tick(timeout: float) -> list[int]:
+                raise RingError("the kernel dropped a completion")
+
+            monkeypatch.setattr(manager().ring, "tick", tick, raising=False)
+            with pytest.raises(RingError, match="dropped a completion"):
+                await attempt.result()
+
+    with pytest.warns(ResourceWarning, match="1 operations the kernel did not give back"):
+        mount.run(main)
+    assert len(kept) == 1
+    with pytest.raises(BufferError):
+        buffer.append(0)
+
+
+def test_a_child_that_goes_on_with_the_run(file: Path) -> None:
+    """It is told; what it does to trio's own epoll, which it shares with its parent, is another matter."""
+
+    async def main() -> object:
+        await lowlevel.nop()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                await lowlevel.nop()
+            except RingError as exc:
+                os._exit(7 if "run of its own" in str(exc) else 8)
+            os._exit(9)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert in_child(lambda: trio.run(main)) == 7
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("first", ["read", "batch", "Path.read_bytes", "open_file"])
+def test_ctrl_c_at_each_line(first: str, file: Path) -> None:
+    """Mounting, submitting, reaping: it is raised in the end, and nothing is left behind."""
+
+    def interrupted(n: int) -> bool:
+        lines = 0
+
+        async def main() -> None:
+            nonlocal lines
+            with interrupted_at_line(n) as stop:
+                try:
+                    await FIRST_CALLS[first](file)
+                    await trio.lowlevel.checkpoint()
+                finally:
+                    lines = stop()
+
+        try:
+            trio.run(main)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            assert manager_or_none() is None
+        assert lines < n
+        return False
+
+    n, step = 1, 1 if first == "read" else 3
+    while interrupted(n):
+        n += step
+    assert n > 50
+
+
+# Closing
+
+
+def test_notify_closing_tells_both(mount: Mount, bench: Bench) -> None:
+    a, b = bench.sockets()
+
+    async def main() -> None:
+        for close in (partial(lowlevel.close, a.detach()),):
+            fd = close.args[0]
+            async with trio.open_nursery() as nursery:
+                attempts = [
+                    await parked(nursery, trio.lowlevel.wait_readable, fd),
+                    await parked(nursery, lowlevel.recv, fd, bytearray(1)),
+                ]
+                await close()
+                for attempt in attempts:
+                    await attempt.settled()
+                    assert isinstance(attempt.error, trio.ClosedResourceError)
+        assert b.recv(1) == b""
+
+    mount.run(main)
+
+
+# The host of a guest run
+
+
+class Asleep:
+    """A guest run beside whose epoll a ring waits, while a worker thread sleeps."""
+
+    def __init__(self, call: Callable[..., Awaitable[object]], *args: object) -> None:
+        self.scope = trio.CancelScope()
+        self.error: Exception | None = None
+        self._host = Host()
+        self._host.start_stock(attached_first(partial(self._main, call, *args)))
+        while not self._worker_sleeps():
+            self._host.step()
+
+    async def _main(self, call: Callable[..., Awaitable[object]], *args: object) -> None:
+        try:
+            with self.scope:
+                await call(*args)
+        except Exception as exc:
+            self.error = exc
+
+    def _worker_sleeps(self) -> bool:
+        found = manager_or_none()
+        return found is not None and found._worker_waits and bool(found._in_kernel()) and self._host.todo.empty()
+
+    def finish(self) -> None:
+        self._host.finish()
+
+
+def test_a_cancel_by_the_host(bench: Bench) -> None:
+    for call in (lowlevel.recv, lowlevel.read):
+        run = Asleep(call, bench.sockets()[0], bytearray(9))
+        run.scope.cancel()
+        assert manager().ring.staged == 0
+        run.finish()
+        assert run.scope.cancelled_caught
+
+
+def test_a_close_by_the_host(bench: Bench) -> None:
+    a, b = bench.sockets()
+    fd = a.detach()
+    run = Asleep(lowlevel.recv, fd, bytearray(9))
+    lowlevel.notify_closing(fd)
+    os.close(fd)
+    assert b.recv(1) == b""
+    run.finish()
+    assert isinstance(run.error, trio.ClosedResourceError)
+
+
+def test_data_wakes_the_worker(bench: Bench) -> None:
+    a, b = bench.sockets()
+    run = Asleep(lowlevel.recv, a, bytearray(9))
+    b.send(b"hello")
+    run.finish()
+    assert run.error is None
+
+
+def test_an_eventfd_wakes_it_each_time(mount: Mount) -> None:
+    """A completion that an eventfd causes is signalled late, and only once for each registration."""
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        rounds = 100
+        asked = threading.Semaphore(0)
+
+        def write() -> None:
+            for _ in range(rounds):
+                asked.acquire()
+                os.eventfd_write(fd, 1)
+
+        async def main() -> None:
+            for _ in range(rounds):
+                asked.release()
+                assert await lowlevel.read(fd, bytearray(8)) == 8
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        mount.run(main)
+        thread.join()
+    finally:
+        os.close(fd)
+
+
+def test_an_attempt_in_a_cancelled_scope_submits_nothing(mount: Mount) -> None:
+    async def main() -> None:
+        before = statistics().sqes
+        async with trio.open_nursery() as nursery:
+            attempt = Attempt(nursery, lowlevel.nop)
+            attempt.scope.cancel()
+            await attempt.settled()
+        assert attempt.cancelled
+        assert statistics().sqes <= before + 1  # the ring's own wake-up
+
+    mount.run(main)
