@@ -118,7 +118,7 @@ class AttachedManager(UringIOManager):
         UnavailableError: there can be no ring; the message says why.
     """
 
-    carries_sockets: ClassVar[bool] = False  # trio's own waits, and closing of sockets, are epoll's
+    native: ClassVar[bool] = False  # trio's own waits, and what trio closes, are epoll's
 
     @enable_ki_protection
     def __init__(self, config: RingConfig, ring: Ring | None = None) -> None:

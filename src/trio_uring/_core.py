@@ -321,6 +321,10 @@ class UringIOManager:
 
     wake = staticmethod(_trio_internals.wake)
     carries_sockets: ClassVar[bool] = True
+    """Can sockets be operated on here?"""
+
+    native: ClassVar[bool] = True
+    """Is it the run's own I/O manager, which hears of all that is closed in the run?"""
 
     def __init__(self, config: RingConfig, ring: Ring | None = None) -> None:
         self.ring: Ring = Ring(config) if ring is None else ring
@@ -998,6 +1002,7 @@ class _NoManager:
     """Stands where the manager would be in a thread whose run has no ring, or none yet."""
 
     carries_sockets: ClassVar[bool] = False
+    native: ClassVar[bool] = False
     mount: Callable[[str], UringIOManager]
     """Ties a ring to the current run, for a purpose; see `_mount`, which puts it here."""
 

@@ -1,7 +1,7 @@
 """trio's functions that make streams and listeners, over sockets of the ring.
 
 In a run that was started with a ring they do what trio's do: there trio's sockets are the ring's. In any other run
-they see to it that what they return is.
+they see to it that what they return is, and that there is a ring, if there can be one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
+from ._mount import ring_at_hand
 from ._socket import on_the_ring
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ OverSocket = TypeVar("OverSocket", trio.SocketStream, trio.SocketListener)
 
 
 def _over_ours(made: OverSocket) -> OverSocket:
+    ring_at_hand()
     made.socket = on_the_ring(made.socket)
     return made
 

@@ -25,7 +25,7 @@ import trio
 from trio.lowlevel import FdStream, cancel_shielded_checkpoint, checkpoint_if_cancelled, enable_ki_protection
 
 from . import _mount, _trio_internals
-from ._core import _this_thread, on_ring
+from ._core import _this_thread
 from ._file_ops import WRITE
 from ._structs import CHARS, from_buffer
 
@@ -37,7 +37,7 @@ _stock_send_all: Final = FdStream.send_all
 @enable_ki_protection
 async def _send_all(self: FdStream, data: bytes | bytearray | memoryview) -> None:
     """See `trio.lowlevel.FdStream`."""
-    if not on_ring():
+    if not _this_thread.manager.native:
         await _stock_send_all(self, data)
         return
     with _trio_internals.sending(self):

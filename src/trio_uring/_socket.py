@@ -28,7 +28,7 @@ import trio
 from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, enable_ki_protection
 
 from ._abi import SQE_BUFFER_SELECT, Opcode
-from ._core import MAX_RW_COUNT, _this_thread
+from ._core import MAX_RW_COUNT, _this_thread, notify_closing
 from ._registered import STREAM_BUFFER_SIZE
 from ._sockaddr import encode_address
 from ._socket_ops import ACCEPT, CONNECT, RECV, SEND
@@ -66,6 +66,17 @@ def _is_ordinary(data: Buffer) -> bool:
     return type(data) in PLAIN and bool(data)
 
 
+async def _wait_readable(sock: stdlib_socket.socket) -> None:
+    """Where receives wait as well, so that nobody waits beside another."""
+    manager = _this_thread.manager
+    await (manager if manager.carries_sockets else trio.lowlevel).wait_readable(sock)
+
+
+async def _wait_writable(sock: stdlib_socket.socket) -> None:
+    manager = _this_thread.manager
+    await (manager if manager.carries_sockets else trio.lowlevel).wait_writable(sock)
+
+
 def _tried_first(
     call: Callable[..., Any], wait: Callable[[stdlib_socket.socket], Awaitable[None]]
 ) -> Callable[..., Any]:
@@ -97,11 +108,11 @@ def _tried_first(
     return method
 
 
-_accept_trying: Final = _tried_first(stdlib_socket.socket.accept, trio.lowlevel.wait_readable)
-_recv_trying: Final = _tried_first(stdlib_socket.socket.recv, trio.lowlevel.wait_readable)
-_recv_into_trying: Final = _tried_first(stdlib_socket.socket.recv_into, trio.lowlevel.wait_readable)
-_sendto_trying: Final = _tried_first(stdlib_socket.socket.sendto, trio.lowlevel.wait_writable)
-_send_trying: Final = _tried_first(stdlib_socket.socket.send, trio.lowlevel.wait_writable)
+_accept_trying: Final = _tried_first(stdlib_socket.socket.accept, _wait_readable)
+_recv_trying: Final = _tried_first(stdlib_socket.socket.recv, _wait_readable)
+_recv_into_trying: Final = _tried_first(stdlib_socket.socket.recv_into, _wait_readable)
+_sendto_trying: Final = _tried_first(stdlib_socket.socket.sendto, _wait_writable)
+_send_trying: Final = _tried_first(stdlib_socket.socket.send, _wait_writable)
 
 
 class UringSocket(SocketBase):
@@ -121,6 +132,16 @@ class UringSocket(SocketBase):
         """As `socket.socket.dup`."""
         return UringSocket(self._sock.dup())
 
+    def close(self) -> None:
+        """As `socket.socket.close`. Tasks that wait get `trio.ClosedResourceError`; the peer hears of it at once."""
+        if self._sock.fileno() >= 0:
+            notify_closing(self._sock)
+            self._sock.close()
+
+    async def wait_writable(self) -> None:
+        """Waits until there is room to send; see `trio.lowlevel.wait_writable`."""
+        await _wait_writable(self._sock)
+
     def __exit__(self, *exc_info: object) -> None:
         self._tell_waiters()
         self._sock.close()
@@ -133,7 +154,7 @@ class UringSocket(SocketBase):
     def _tell_waiters(self) -> None:
         """Outside of a run there are none, and as with trio's these two ways to part with a socket are open there."""
         if self._sock.fileno() >= 0 and trio.lowlevel.in_trio_run():
-            trio.lowlevel.notify_closing(self._sock)
+            notify_closing(self._sock)
 
     @enable_ki_protection
     async def accept(self) -> tuple[UringSocket, Any]:
@@ -275,10 +296,10 @@ class UringSocket(SocketBase):
         count: int = await _sendto_trying(self, *before, await self.resolve(address))
         return count
 
-    recvfrom = _tried_first(stdlib_socket.socket.recvfrom, trio.lowlevel.wait_readable)
-    recvfrom_into = _tried_first(stdlib_socket.socket.recvfrom_into, trio.lowlevel.wait_readable)
-    recvmsg = _tried_first(stdlib_socket.socket.recvmsg, trio.lowlevel.wait_readable)
-    recvmsg_into = _tried_first(stdlib_socket.socket.recvmsg_into, trio.lowlevel.wait_readable)
+    recvfrom = _tried_first(stdlib_socket.socket.recvfrom, _wait_readable)
+    recvfrom_into = _tried_first(stdlib_socket.socket.recvfrom_into, _wait_readable)
+    recvmsg = _tried_first(stdlib_socket.socket.recvmsg, _wait_readable)
+    recvmsg_into = _tried_first(stdlib_socket.socket.recvmsg_into, _wait_readable)
 
 
 def on_the_ring(sock: trio.socket.SocketType) -> trio.socket.SocketType:
