@@ -10,6 +10,7 @@ Between two awaits, and only there, `_scratch` is whoever's reads into it.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 from typing import Final
@@ -57,8 +58,12 @@ def read_cached(fd: int, offset: int) -> tuple[bytes | None, bool]:
         return None, False
     try:
         n = os.preadv(fd, scratch.buffers, offset, _RWF_NOWAIT)
-        # A short read may be all that is in the cache. The end of the file is where nothing is read.
-        if n == GUESS or os.preadv(fd, scratch.one_byte, offset + n, _RWF_NOWAIT) != 0:
+        if n == GUESS:
+            return None, True
+        # A short read may be all that is in the cache, which has whole pages. So one that ends within a page has found
+        # the end of the file; after any other, that is where nothing is read.
+        end = offset + n
+        if end % mmap.PAGESIZE == 0 and os.preadv(fd, scratch.one_byte, end, _RWF_NOWAIT) != 0:
             return None, True
     except OSError as exc:  # what is really wrong the ring's read will say
         return None, exc.errno == errno.EAGAIN

@@ -5,6 +5,8 @@ from __future__ import annotations
 import array
 import errno
 import fcntl
+import itertools
+import mmap
 import os
 import random
 import shutil
@@ -48,7 +50,7 @@ from trio_uring import (
     statistics,
     write_file,
 )
-from trio_uring._page_cache import GUESS
+from trio_uring._page_cache import GUESS, read_cached
 from trio_uring._whole_files import PIECE, PIPE_SIZE
 
 if TYPE_CHECKING:
@@ -164,6 +166,24 @@ async def test_reading_what_is_not_in_the_cache(bench: Bench, size: int) -> None
     for _ in range(3):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         assert await read_file(path) == content
+
+
+@pytest.mark.parametrize("size", [1, mmap.PAGESIZE, 5 * mmap.PAGESIZE, 5 * mmap.PAGESIZE + 1])
+def test_what_the_cache_has_is_all_or_nothing(tmp_path: Path, size: int) -> None:
+    """Whichever pages it has: a part is never taken for the whole file."""
+    path, content = tmp_path / "file", content_of(size)
+    path.write_bytes(content)
+    pages = range(0, size, mmap.PAGESIZE)
+    with open(path, "rb", 0) as file:
+        fd = file.fileno()
+        os.fsync(fd)
+        for cached in itertools.product((False, True), repeat=len(pages)):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
+            for page in itertools.compress(pages, cached):
+                os.pread(fd, 1, page)
+            for offset in {0, size // 2, size}:
+                assert read_cached(fd, offset)[0] in (None, content[offset:])
 
 
 @pytest.mark.parametrize("size", [0, 10, GUESS, GUESS + 1, PIECE + 1])
