@@ -6,8 +6,8 @@ imported it when, or through what: `trio.run_process` and anyio's processes have
 Facts, and what follows from them (the numbers are in the documentation):
 
 * **A pipe has room, as a rule.** So `send_all` writes at once, before the run's next tick and not after it: the other
-  side begins that much earlier, which no operation on the ring makes up for. What finds no room is written by the ring:
-  one operation where readiness takes a wait and another write.
+  side begins that much earlier, which no operation on the ring makes up for. If there is no room at all it waits for
+  some, as trio does. What does not fit is written by the ring: one operation where readiness takes a wait and a write.
 * **A stream that waits for data should hold no memory**, and trio asks for 64 KiB. A read on the ring would pin that
   much, or take a buffer of the ring's and have it copied; both are slower than a poll on the ring followed by a plain
   read, which is what `receive_some` does as it is.
@@ -45,7 +45,7 @@ async def _send_all(self: FdStream, data: bytes | bytearray | memoryview) -> Non
         await checkpoint_if_cancelled()
         with memoryview(data) as whole:  # of one size until all is sent
             try:
-                sent = await _write_what_fits(_open_fd(self), whole)
+                sent = await _begin(self, whole)
                 while sent < len(whole):  # asks for the fd again: after a close, the number may be another's
                     sent += await _this_thread.manager.perform(
                         WRITE_UNCOUNTED, _open_fd(self), -1, from_buffer(CHARS, whole[sent:]), -1
@@ -56,17 +56,18 @@ async def _send_all(self: FdStream, data: bytes | bytearray | memoryview) -> Non
                 raise trio.BrokenResourceError from exc
 
 
-async def _write_what_fits(fd: int, data: memoryview) -> int:
-    """How much that was. It is a checkpoint, unless the caller has to wait anyway."""
+async def _begin(stream: FdStream, data: memoryview) -> int:
+    """Writes what fits, and says how much. It is a checkpoint, unless more has to follow."""
     sent = 0
-    try:
-        if data:  # an empty write is a message to some
-            sent = os.write(fd, data)
-    except BlockingIOError:
-        return 0
-    except OSError:
-        await cancel_shielded_checkpoint()
-        raise
+    while data:  # an empty write is a message to some
+        try:
+            sent = os.write(_open_fd(stream), data)
+            break
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(_open_fd(stream))
+        except OSError:
+            await cancel_shielded_checkpoint()
+            raise
     if sent >= len(data):
         await cancel_shielded_checkpoint()
     return sent

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tests.helpers import Bench
 
 STOCK_SEND_ALL = FdStream.send_all
+LARGE = bytes(200_000)  # more than fits
 
 
 async def pipe() -> tuple[FdStream, FdStream]:
@@ -102,10 +103,11 @@ async def test_a_write_that_fits_is_done_at_once() -> None:
         assert statistics().sqes == before
 
 
+@pytest.mark.native("beside trio's own manager the stream is trio's")
 async def test_a_write_that_waits_is_on_the_ring() -> None:
-    sender, receiver = await clogged_pipe()
+    sender, receiver = await pipe()
     async with sender, receiver, trio.open_nursery() as nursery:
-        attempt = await parked(nursery, sender.send_all, b"waits")
+        attempt = await parked(nursery, sender.send_all, LARGE)
         assert [op.operation for op in statistics().operations if op.fd == sender.fileno()] == ["write"]
         assert statistics().in_flight == 0, "it counts against max_in_flight"
         nursery.start_soon(read_all, receiver)
@@ -113,6 +115,7 @@ async def test_a_write_that_waits_is_on_the_ring() -> None:
         sender.close()
 
 
+@pytest.mark.native("beside trio's own manager the stream is trio's")
 async def test_idle_streams_hold_no_memory_and_no_slot() -> None:
     streams = [await pipe() for _ in range(50)]
     async with trio.open_nursery() as nursery:
@@ -221,11 +224,12 @@ async def test_the_blocking_mode_is_put_back() -> None:
         os.close(copy)
 
 
+@pytest.mark.native("beside trio's own manager the stream is trio's")
 async def test_another_has_made_it_blocking() -> None:
     """The mode is of the open file, which a child may share. What waits on the ring keeps no other task waiting."""
-    sender, receiver = await clogged_pipe()
+    sender, receiver = await pipe()
     async with sender, receiver, trio.open_nursery() as nursery:
-        attempt = await parked(nursery, sender.send_all, bytes(200_000))
+        attempt = await parked(nursery, sender.send_all, LARGE)
         os.set_blocking(sender.fileno(), True)
         nursery.start_soon(read_all, receiver)
         await attempt.result()
@@ -244,12 +248,13 @@ async def test_the_wrong_end() -> None:
             await sender.receive_some()
 
 
-@pytest.mark.parametrize("waits", [False, True])
-async def test_nobody_reads(waits: bool) -> None:
-    sender, receiver = await (clogged_pipe if waits else pipe)()
+@pytest.mark.parametrize(("make", "data"), [(pipe, b"x"), (clogged_pipe, b"x"), (pipe, LARGE)])
+async def test_nobody_reads(make: Any, data: bytes) -> None:
+    waits = make is clogged_pipe or data == LARGE
+    sender, receiver = await make()
     async with sender:
         async with trio.open_nursery() as nursery:
-            attempt = await parked(nursery, sender.send_all, b"x") if waits else None
+            attempt = await parked(nursery, sender.send_all, data) if waits else None
             receiver.close()
             with pytest.raises(trio.BrokenResourceError) as caught:
                 await (sender.send_all(b"x") if attempt is None else attempt.result())
@@ -258,10 +263,11 @@ async def test_nobody_reads(waits: bool) -> None:
         assert cause.errno == errno.EPIPE
 
 
-async def test_closing_wakes_who_sends() -> None:
-    sender, receiver = await clogged_pipe()
+@pytest.mark.parametrize(("make", "data"), [(clogged_pipe, b"x"), (pipe, LARGE)])
+async def test_closing_wakes_who_sends(make: Any, data: bytes) -> None:
+    sender, receiver = await make()
     async with receiver, trio.open_nursery() as nursery:
-        attempt = await parked(nursery, sender.send_all, b"x")
+        attempt = await parked(nursery, sender.send_all, data)
         with pytest.raises(trio.BusyResourceError):
             await sender.send_all(b"y")
         with pytest.raises(trio.BusyResourceError):
@@ -273,10 +279,10 @@ async def test_closing_wakes_who_sends() -> None:
 
 async def test_closing_in_a_partial_write_spares_the_next_of_that_number() -> None:
     """The kernel has written a part when the fd is closed and its number given to another pipe."""
-    sender, receiver = await clogged_pipe()
+    sender, receiver = await pipe()
     number = sender.fileno()
     async with receiver, trio.open_nursery() as nursery:
-        attempt = await parked(nursery, sender.send_all, bytes(200_000))
+        attempt = await parked(nursery, sender.send_all, LARGE)
         await receiver.receive_some()
         sender.close()
         read_end, write_end = os.pipe()
