@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent.parent
 _MARKDOWN_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -138,6 +149,148 @@ def test_checksum_tree(tmp_path: Path) -> None:
 
 def test_checksum_tree_says_what_it_cannot_read(tmp_path: Path) -> None:
     assert "No such file or directory" in python("examples/checksum_tree.py", str(tmp_path / "missing"), status=1)
+
+
+@contextlib.contextmanager
+def serving(*args: str | Path) -> Iterator[tuple[str, int]]:
+    """A program that serves until Ctrl-C; its address."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", *args],
+        cwd=ROOT,
+        env={**os.environ, "TRIO_URING": "require"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            line = process.stdout.readline()
+            assert line.startswith("listening on port "), process.stderr.read()
+            yield "127.0.0.1", int(line.split()[-1])
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=60)
+            assert (process.returncode, output, errors) == (0, "done\n", "")
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def proxied() -> Iterator[tuple[tuple[str, int], socket.socket]]:
+    """The address of a proxy, and the listener it leads to."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        serving("examples/tcp_proxy.py", f"127.0.0.1:{server.getsockname()[1]}") as address,
+    ):
+        yield address, server
+
+
+def test_tcp_proxy() -> None:
+    data = os.urandom(5_000_000)
+    with proxied() as (address, server):
+        with socket.create_connection(address) as client, server.accept()[0] as behind, ThreadPoolExecutor(1) as other:
+            sending = other.submit(client.sendall, data)
+            assert received(behind, len(data)) == data
+            sending.result()
+            client.shutdown(socket.SHUT_WR)
+            assert behind.recv(1) == b""
+            behind.sendall(b"an answer to the end")
+            behind.shutdown(socket.SHUT_WR)
+            assert received(client, 20) == b"an answer to the end"
+            assert client.recv(1) == b""
+        reset = socket.create_connection(address)
+        with reset, server.accept()[0] as behind:
+            reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset.close()
+            assert behind.recv(1) == b""
+
+
+def test_tcp_proxy_ends_with_connections_open() -> None:
+    with contextlib.ExitStack() as stack:
+        with proxied() as (address, server):
+            client = stack.enter_context(socket.create_connection(address))
+            behind = stack.enter_context(server.accept()[0])
+            client.sendall(b"x")
+            assert behind.recv(1) == b"x"
+        assert client.recv(1) == behind.recv(1) == b""
+
+
+def test_tcp_proxy_pushes_back() -> None:
+    """Nobody reads: it takes what fits into socket buffers, and no more."""
+    with proxied() as (address, server), socket.create_connection(address) as client, server.accept()[0]:
+        client.settimeout(1)
+        with pytest.raises(TimeoutError):
+            client.sendall(bytes(1 << 28))
+
+
+def received(sock: socket.socket, size: int) -> bytes:
+    """Exactly so many bytes."""
+    chunks = bytearray()
+    while len(chunks) < size:
+        chunk = sock.recv(min(65536, size - len(chunks)))
+        assert chunk, "the end, too early"
+        chunks += chunk
+    return bytes(chunks)
+
+
+def test_static_server(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    large = os.urandom(3_000_000)
+    (root / "large.bin").write_bytes(large)
+    (root / "index.html").write_bytes(b"<p>index")
+    (root / "empty").write_bytes(b"")
+    (root / "sp ace.txt").write_bytes(b"text")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (root / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(root / "fifo")
+    with serving("examples/static_server.py", root) as (host, port):
+        http = HTTPConnection(host, port, timeout=60)
+
+        def ask(method: str, target: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
+            http.request(method, target, headers=headers)
+            response = http.getresponse()
+            return response.status, response.read(), {name.lower(): value for name, value in response.getheaders()}
+
+        assert ask("GET", "/large.bin")[:2] == (200, large)
+        first = http.sock
+        assert ask("GET", "/")[:2] == (200, b"<p>index")
+        assert ask("GET", "/empty")[:2] == (200, b"")
+        status, body, headers = ask("GET", "/sp%20ace.txt?query")
+        assert (status, body, headers["content-type"]) == (200, b"text", "text/plain")
+        status, body, headers = ask("HEAD", "/large.bin")
+        assert (status, body, headers["content-length"]) == (200, b"", str(len(large)))
+        for wanted, expected in {"10-19": large[10:20], "2999990-": large[-10:], "-5": large[-5:]}.items():
+            status, body, headers = ask("GET", "/large.bin", Range=f"bytes={wanted}")
+            assert (status, body, headers["content-length"]) == (206, expected, str(len(expected)))
+        assert ask("GET", "/large.bin", Range="bytes=10-19")[2]["content-range"] == "bytes 10-19/3000000"
+        assert ask("GET", "/large.bin", Range="bytes=9999999-")[0] == 416
+        for target in (
+            "/missing",
+            "/../secret",
+            "/%2e%2e/secret",
+            "/sub/../../secret",
+            "/link",
+            "/sub",
+            "/fifo",
+            "/%00",
+        ):
+            assert ask("GET", target)[:2] == (404, b"Not found\n"), target
+        assert ask("POST", "/", **{"Content-Length": "0"})[0] == 405
+        assert http.sock is first, "not kept alive"
+        http.close()
+        with socket.create_connection((host, port)) as rude:
+            rude.sendall(b"nonsense\r\n\r\n")
+            with rude.makefile("rb") as answer:
+                assert answer.readline().startswith(b"HTTP/1.1 400 ")
+
+
+def test_pass_fd(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one", "two")]
+    for file in files:
+        file.write_bytes(os.urandom(100_000))
+    expected = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file}\n" for file in files)
+    assert python("examples/pass_fd.py", *map(str, files)) == expected
 
 
 @pytest.mark.parametrize("place", BLOCKS)
