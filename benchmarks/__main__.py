@@ -20,6 +20,9 @@ BENCHMARKS: Final = (
     "pyaio",
     "idle_tick",
     "echo",
+    "sockets",
+    "http",
+    "idle_connections",
     "cancel",
     "mounts",
 )

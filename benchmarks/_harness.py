@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ROOT: Final = Path(__file__).parent.parent
+CORES: Final = sorted(os.sched_getaffinity(0))
 
 
 def ring_run(async_fn: Callable[[Unpack[Args]], Awaitable[T]], *args: Unpack[Args]) -> T:
@@ -70,6 +71,7 @@ def compare(
     rounds: int,
     target: float | None = None,
     calls: tuple[float | None, float | None] | None = None,
+    calls_target: float | None = None,
 ) -> None:
     """Measures both sides ``rounds`` times, in turn, and prints one line.
 
@@ -79,6 +81,7 @@ def compare(
         rounds: how many pairs; a ratio is taken of each.
         target: what the ratio should be at least.
         calls: system calls per operation of ``a`` and ``b``; None is "cannot be counted here".
+        calls_target: how many of them ``b`` should make at most.
     """
     a(), b()  # warm-up
     costs: dict[Round, list[float]] = {a: [], b: []}
@@ -86,18 +89,38 @@ def compare(
         for measure in (a, b) if number % 2 == 0 else (b, a):
             gc.collect()
             costs[measure].append(measure())
-    ratios = [x / y for x, y in zip(costs[a], costs[b], strict=True)]
+    report(name, costs[a], costs[b], target=target, calls=calls, calls_target=calls_target)
+
+
+def report(
+    name: str,
+    a: list[float],
+    b: list[float],
+    *,
+    target: float | None = None,
+    calls: tuple[float | None, float | None] | None = None,
+    calls_target: float | None = None,
+    scale: float = 1e6,
+) -> None:
+    """Prints one line about what was measured in pairs.
+
+    Args:
+        name: what was measured.
+        a, b: the cost of one operation: of what the ring is compared with; of the ring.
+        target, calls, calls_target: as for `compare`.
+        scale: what the costs are multiplied with before they are printed.
+    """
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
     ratio = statistics.median(ratios)
-    columns = [
-        f"{name:24}",
-        *map(_spread, ([cost * 1e6 for cost in costs[a]], [cost * 1e6 for cost in costs[b]], ratios)),
-    ]
+    columns = [f"{name:24}", *map(_spread, ([cost * scale for cost in a], [cost * scale for cost in b], ratios))]
     if target is not None:
         columns.append(f"{f'at least {target:.3g}':14} {'met' if ratio >= target else 'MISSED'}")
     elif ratio < 1:
         columns.append("B is slower")
     if calls is not None:
         columns.append(f"system calls {' : '.join('n/a' if n is None else f'{n:.3f}' for n in calls)}")
+        if calls_target is not None and calls[1] is not None:
+            columns.append(f"at most {calls_target:.3g} {'met' if calls[1] <= calls_target else 'MISSED'}")
     print("  ".join(columns).rstrip(), flush=True)
 
 
@@ -132,8 +155,7 @@ def describe_machine() -> str:
 
 def pin(process: int, core: int) -> bool:
     """Keeps a process (0: this one) on one of the first two cores; False if there are not two."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
+    if len(CORES) < 2:
         return False
-    os.sched_setaffinity(process, {cores[core]})
+    os.sched_setaffinity(process, {CORES[core]})
     return True

@@ -304,7 +304,20 @@ def test_blocks_are_found_in_both_formats() -> None:
     assert {"README.md", "index.rst"} <= {place.partition(":")[0] for place in BLOCKS}
 
 
-BENCHMARKS = ("reads", "files", "whole_files", "batch", "multishot", "pyaio", "idle_tick", "echo", "cancel")
+BENCHMARKS = (
+    "reads",
+    "files",
+    "whole_files",
+    "batch",
+    "multishot",
+    "pyaio",
+    "idle_tick",
+    "echo",
+    "sockets",
+    "http",
+    "idle_connections",
+    "cancel",
+)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
