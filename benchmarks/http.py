@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ._network import Server
 
 CONNECTIONS: Final = 64
-FETCHES: Final = 100
+FETCHES: Final = 50
 BODY: Final = b"hello, world\n"
 _REQUESTS: Final = re.compile(r"(\d+) requests in ")
 _FAILURES: Final = re.compile(r"Socket errors|Non-2xx")
@@ -114,7 +114,7 @@ def main(rounds: int) -> None:
                 "under wrk",
                 partial(cpu_under_wrk, wrk, stock),
                 partial(cpu_under_wrk, wrk, ring),
-                rounds=min(rounds, 15),
+                rounds=min(rounds, 11),
                 target=1.05,
             )
         heading(
@@ -129,6 +129,6 @@ def main(rounds: int) -> None:
                     f"{tasks} at a time{name}",
                     partial(trio.run, fetch, url_of(stock), tasks, clock),
                     partial(ring_run, fetch, url_of(stock), tasks, clock),
-                    rounds=min(rounds, 21),
+                    rounds=min(rounds, 15),
                     target=1.0,
                 )

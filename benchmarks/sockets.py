@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .syscalls import Mark
 
 CONNECTIONS: Final = 64
-ROUND_TRIPS: Final = 3000
+ROUND_TRIPS: Final = 2000
 BLOCK: Final = bytes(65536)
 BLOCKS: Final = 32
 
