@@ -350,7 +350,7 @@ class UringIOManager:
         self._queue: OrderedDict[Task, _Waiting] = OrderedDict()
         self.registered = Registered(self)
         self._stream_buffers: BufferRing | None = None
-        self.lone = False
+        self._lone = False
         self._by_fd: dict[int, set[Operation]] = {}
         self._unprocessed: Iterator[int] = iter(())
         _this_thread.manager = self
@@ -374,7 +374,7 @@ class UringIOManager:
 
     def process_events(self, events: list[int]) -> None:
         """Lets each operation that has a CQE in ``events`` decide what that means for its task."""
-        self.lone = len(events) <= _ONE_CQE
+        self._lone = len(events) <= _ONE_CQE
         if not events:
             return
         slots = self._slots
@@ -645,6 +645,13 @@ class UringIOManager:
         except BaseException:
             pin = keep = res = None  # a traceback keeps this frame
             raise
+
+    def is_lone(self) -> bool:
+        """Is this the first who asks in a tick that brought at most one completion? Then there is, as far as anybody
+        knows, one thing to do, and a plain system call costs less than a submission.
+        """
+        lone, self._lone = self._lone, False
+        return lone
 
     @enable_ki_protection
     @types.coroutine

@@ -234,7 +234,7 @@ class UringSocket(SocketBase):
         manager = _this_thread.manager
         received: bytes | None
         if manager.carries_sockets and flags is _NO_NUMBER and self.may_select(buflen):
-            if (self.more or manager.lone) and (received := await self.receive_now(buflen)) is not None:
+            if (self.more or manager.is_lone()) and (received := await self.receive_now(buflen)) is not None:
                 return received
             received = await manager.receive(RECV_SELECTING, self._sock.fileno(), buflen)
             if received is not None:
@@ -280,7 +280,7 @@ class UringSocket(SocketBase):
         """As `socket.socket.send`. IORING_OP_SEND, Linux 5.6."""
         manager, fd = _this_thread.manager, self._sock.fileno()
         if manager.carries_sockets and self.streams and flags is _NO_NUMBER and _is_ordinary(data):
-            if manager.lone and (sent := await self.send_now(data)):
+            if manager.is_lone() and (sent := await self.send_now(data)):
                 return sent
             if not manager.is_busy("write", fd):
                 return await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1)

@@ -272,12 +272,13 @@ RECVMSG = row(
     decode=_received,
 )
 
+_MSG_DONTWAIT: Final = int(stdlib_socket.MSG_DONTWAIT)
 _DONTWAIT: Final = {kind: replace(kind, wait_for=0) for kind in (SEND, RECV, SENDTO, RECVFROM, SENDMSG, RECVMSG)}
 
 
 def _patient(kind: Kind[Any], flags: int) -> Kind[Any]:
     """With MSG_DONTWAIT, "would block" is the answer the caller asked for."""
-    return _DONTWAIT[kind] if flags & stdlib_socket.MSG_DONTWAIT else kind
+    return _DONTWAIT[kind] if int(flags) & _MSG_DONTWAIT else kind  # in plain ints: enum arithmetic is slow
 
 
 def _send(fd: int | HasFileno, data: Buffer, flags: int = 0) -> Request[int]:

@@ -47,7 +47,7 @@ async def _receive_some(self: trio.SocketStream, max_bytes: int | None = None) -
     if type(socket) is UringSocket and manager.carries_sockets and socket.may_select(max_bytes):
         received: bytes | None
         try:
-            if (socket.more or manager.lone) and (received := await socket.receive_now(max_bytes)) is not None:
+            if (socket.more or manager.is_lone()) and (received := await socket.receive_now(max_bytes)) is not None:
                 return received
             received = await manager.receive(RECV_SELECTING, socket._sock.fileno(), max_bytes)
         except OSError as exc:
@@ -72,7 +72,7 @@ async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryvie
         return
     with _trio_internals.sending(self), memoryview(data) as whole:  # of one size until all is sent
         try:
-            if manager.lone:
+            if manager.is_lone():
                 sent = await socket.send_now(data)
             else:
                 sent = await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1, _WHOLE)

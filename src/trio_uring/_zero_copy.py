@@ -124,6 +124,7 @@ SENDMSG_ZC: Final[Kind[int]] = row(
     released=_released,
 )
 _MAX_SIZE: Final = 1 << 30  # the kernel's limit
+_MSG_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _DONTWAIT: Final = {kind: replace(kind, wait_for=0) for kind in (SEND_ZC, SENDMSG_ZC)}
 READ_FIXED: Final[Kind[int]] = row(
     "read_fixed",
@@ -172,7 +173,7 @@ WRITEV_FIXED: Final[Kind[int]] = row(
 
 def _patient(kind: Kind[int], flags: int) -> Kind[int]:
     """With MSG_DONTWAIT, "would block" is the answer the caller asked for."""
-    return _DONTWAIT[kind] if flags & socket.MSG_DONTWAIT else kind
+    return _DONTWAIT[kind] if int(flags) & _MSG_DONTWAIT else kind  # in plain ints: enum arithmetic is slow
 
 
 def _send_zc_request(release: _Release, fd: int | HasFileno, data: Buffer, flags: int) -> Request[int]:
