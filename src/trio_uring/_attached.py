@@ -330,6 +330,7 @@ class AttachedManager(UringIOManager):
         if self._closed:
             return
         self._staging_is(None)
+        self._wakeful = None
         self._worker_waits = False
         try:
             super().close()

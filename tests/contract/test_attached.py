@@ -384,14 +384,9 @@ def fail(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
         assert name not in vars(owner), "the hook has not come by"
 
 
-async def _iterate(multishot: Any) -> object:
+async def _iterate(multishot: Any) -> None:
     async with multishot as results:
-        return await results.__anext__()
-
-
-async def _stop(multishot: Any) -> object:
-    async with multishot as results:
-        await results.stop()
+        await results.__anext__()
 
 
 def test_whoever_waits_hears_of_it(mount: Mount, bench: Bench, fail: Callable[[], None]) -> None:
@@ -426,9 +421,11 @@ def test_whoever_waits_hears_of_it(mount: Mount, bench: Bench, fail: Callable[[]
                 await attempt.settled()
                 assert isinstance(attempt.error, RingError)
                 assert "ring of this run has failed: Failure()" in str(attempt.error)
-        for call in (lowlevel.nop, lowlevel.chain, lowlevel.batch, Mailbox[int]):
+        for make in (lowlevel.chain, lowlevel.batch, Mailbox[int]):
             with pytest.raises(RingError, match="has failed"):
-                await call()  # type: ignore[operator]
+                make()
+        with pytest.raises(RingError, match="has failed"):
+            await lowlevel.nop()
         with pytest.raises(RingError, match="has failed"):
             await mailboxes[0].receive()
         with pytest.raises(RingError, match="has failed"):
@@ -450,13 +447,15 @@ def test_who_waits_for_a_turn_hears_of_it(mount: Mount, bench: Bench, fail: Call
     async def main() -> None:
         read_end, _ = bench.pipe()
         async with trio.open_nursery() as nursery:
-            attempts = [await parked(nursery, lowlevel.read, read_end, bytearray(1)) for _ in range(6)]
+            attempts: list[Attempt[Any]] = [
+                await parked(nursery, lowlevel.read, read_end, bytearray(1)) for _ in range(6)
+            ]
             for _ in range(2):
                 batch = lowlevel.batch()
                 batch.extend(lowlevel.read, [(read_end, bytearray(1))] * 2)
-                attempts.append(await parked(nursery, batch.run))  # type: ignore[arg-type]
+                attempts.append(await parked(nursery, batch.run))
             places = await manager().registered.borrow_places(manager().registered.max_direct)
-            attempts.append(await parked(nursery, manager().registered.borrow_places, 1))  # type: ignore[arg-type]
+            attempts.append(await parked(nursery, manager().registered.borrow_places, 1))
             assert statistics().waiting_for_slot == 2 + 2
             fail()
             for attempt in attempts:
@@ -528,21 +527,22 @@ def test_a_ring_that_is_gone(mount: Mount, bench: Bench, monkeypatch: pytest.Mon
         buffer.append(0)
 
 
-def test_a_child_that_goes_on_with_the_run(file: Path) -> None:
-    """It is told; what it does to trio's own epoll, which it shares with its parent, is another matter."""
+async def test_a_child_that_goes_on_with_the_run(bench: Bench) -> None:
+    """It is told at its next tick, and the parent goes on."""
+    a, b = bench.sockets()
 
-    async def main() -> object:
-        await lowlevel.nop()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                await lowlevel.nop()
-            except RingError as exc:
-                os._exit(7 if "run of its own" in str(exc) else 8)
-            os._exit(9)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def child() -> tuple[str, bool]:
+        current: Any = manager()
+        current._ticks.before_io_wait(1.0)
+        return str(current.failure), bool(current._operations()[0].task)
 
-    assert in_child(lambda: trio.run(main)) == 7
+    async with trio.open_nursery() as nursery:
+        attempt = await parked(nursery, lowlevel.recv, a, bytearray(9))
+        failure, waits = in_child(child)
+        assert "run of its own" in failure
+        assert not waits
+        b.send(b"hello")
+        assert await attempt.result() == 5
 
 
 # Ctrl-C
@@ -586,17 +586,13 @@ def test_notify_closing_tells_both(mount: Mount, bench: Bench) -> None:
     a, b = bench.sockets()
 
     async def main() -> None:
-        for close in (partial(lowlevel.close, a.detach()),):
-            fd = close.args[0]
-            async with trio.open_nursery() as nursery:
-                attempts = [
-                    await parked(nursery, trio.lowlevel.wait_readable, fd),
-                    await parked(nursery, lowlevel.recv, fd, bytearray(1)),
-                ]
-                await close()
-                for attempt in attempts:
-                    await attempt.settled()
-                    assert isinstance(attempt.error, trio.ClosedResourceError)
+        fd = a.detach()
+        async with trio.open_nursery() as nursery:
+            trios = await parked(nursery, trio.lowlevel.wait_readable, fd)
+            ours = await parked(nursery, lowlevel.recv, fd, bytearray(1))
+            await lowlevel.close(fd)
+            for error in ((await trios.settled()).error, (await ours.settled()).error):
+                assert isinstance(error, trio.ClosedResourceError)
         assert b.recv(1) == b""
 
     mount.run(main)
