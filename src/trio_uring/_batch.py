@@ -835,7 +835,7 @@ def batch() -> Batch:
     """A new `Batch`: many operations, one submission, one wake-up.
 
     Raises:
-        UnavailableError: this run has no ring.
+        UnavailableError: this run can have no ring.
     """
     return Batch()
 
@@ -844,7 +844,7 @@ def chain() -> Chain:
     """A `Chain` in a batch of its own: operations that the kernel does one after the other, with one wake-up.
 
     Raises:
-        UnavailableError: this run has no ring.
+        UnavailableError: this run can have no ring.
     """
     return Batch().chain()
 
@@ -853,6 +853,6 @@ def chains() -> Chains:
     """`Chains` in a batch of their own: many that differ in nothing but their arguments.
 
     Raises:
-        UnavailableError: this run has no ring.
+        UnavailableError: this run can have no ring.
     """
     return Chains(Batch())

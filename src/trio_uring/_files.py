@@ -192,7 +192,7 @@ async def open_file(
 
     Raises:
         OSError: as `open`, with the path as its ``filename``.
-        UnavailableError: the run has no ring.
+        UnavailableError: the run can have no ring.
     """
     name: Any = file if isinstance(file, int) else os.fspath(file)
     if encoding is None and "b" not in str(mode):

@@ -65,13 +65,13 @@ class Mailbox(Generic[T]):
         with lowlevel.Mailbox() as mailbox:  # in one run
             async for item in mailbox: ...
 
-        await mailbox.send(item)  # in any run with a ring
+        await mailbox.send(item)  # in any run
 
     What is sent waits without a bound until it is received; what nobody has received when the mailbox closes is gone.
     It closes at the end of its run at the latest.
 
     Raises:
-        UnavailableError: this run has no ring.
+        UnavailableError: this run can have no ring.
         UnsupportedOperation: the kernel lacks MSG_RING; Linux 5.18 brought it.
     """
 
@@ -180,11 +180,11 @@ class Mailbox(Generic[T]):
 
     @enable_ki_protection
     async def send(self, item: T) -> None:
-        """Sends an object, from any run with a ring. Cancelled, it was not sent.
+        """Sends an object, from any run. Cancelled, it was not sent.
 
         Raises:
             trio.BrokenResourceError: the mailbox is closed.
-            UnavailableError: the calling run has no ring.
+            UnavailableError: the calling run can have no ring.
         """
         number = next(self._keys) % _OBJECT | _OBJECT
         self._on_the_way[number] = item

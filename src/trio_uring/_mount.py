@@ -112,8 +112,8 @@ class TheIOManager(UringIOManager):
                 _add_ring(-1)
 
 
-def _warn(reason: str) -> None:
-    warnings.warn(f"io_uring is not used: {reason}", FallbackWarning, stacklevel=4)
+def _warn(reason: str, what: str = "io_uring is not used") -> None:
+    warnings.warn(f"{what}: {reason}", FallbackWarning, stacklevel=4)
 
 
 def _native_mount_possible(config: RingConfig) -> bool:
@@ -125,7 +125,7 @@ def _native_mount_possible(config: RingConfig) -> bool:
     if config.effective_mode == "require":
         raise UnavailableError(errno.EOPNOTSUPP, reason)
     if config.effective_mode == "auto":
-        _warn(reason)
+        _warn(reason, "what is trio's own stays on epoll")
     return False
 
 
@@ -242,7 +242,8 @@ def run(
         UnavailableError: ``mode`` is ``"require"`` and there can be no ring.
 
     Warns:
-        FallbackWarning: ``mode`` is ``"auto"`` and there can be no ring; the run uses trio's own I/O manager.
+        FallbackWarning: ``mode`` is ``"auto"`` and there can be no ring, or none in the place of this trio's own I/O
+            manager; the run uses that.
     """
     config = config or RingConfig()
     requested = _requested if _native_mount_possible(config) else _wanted_by_this_thread

@@ -144,7 +144,7 @@ class BufferPool:
 
     Raises:
         ValueError: ``count`` or ``size`` out of range.
-        UnavailableError: this run has no ring.
+        UnavailableError: this run can have no ring.
         UnsupportedOperation: the kernel has no buffer rings (Linux 5.19 brought them).
     """
 

@@ -101,8 +101,8 @@ class Path(ThreadPath):
 
     It is a `trio.Path`, and a `pathlib.PurePath`, and does what they do: its methods return what pathlib's return, and
     raise what they raise. What the kernel can do goes to the ring. The rest runs in a thread as with `trio.Path`:
-    ``chmod``, ``glob``, ``iterdir``, ``readlink``, ``resolve`` and whatever else is not described here. In a run
-    without a ring all of them use threads.
+    ``chmod``, ``glob``, ``iterdir``, ``readlink``, ``resolve`` and whatever else is not described here. Where
+    there can be no ring all of them use threads.
 
     A method that is cancelled has done nothing, or raises nothing and returns its result; those that take
     several steps (`mkdir` with ``parents``, `touch`) may have done the first ones.

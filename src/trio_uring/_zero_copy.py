@@ -283,7 +283,7 @@ class RegisteredBuffer:
     Raises:
         ValueError: ``buffer`` is empty or too large.
         OSError: ENOMEM, the limit of locked memory does not allow it; ENOBUFS, too many are registered.
-        UnavailableError: this run has no ring.
+        UnavailableError: this run can have no ring.
         UnsupportedOperation: the kernel cannot register buffers one by one; Linux 5.19 brought that.
     """
 

@@ -339,10 +339,10 @@ def test_runs_that_come_and_go(threads: int, file: Path) -> None:
         for worker in workers:
             worker.join()
 
-    all_runs(400)
+    all_runs(1000)
     before = _memory()
-    all_runs(2000)
-    assert _memory() - before < 4 << 20
+    all_runs(4000)
+    assert _memory() - before < 8 << 20  # 2 KiB a run; the allocator keeps some for each thread
     assert _mappings() == 0
     assert len(_core._open_managers) == 0
 
