@@ -10,13 +10,14 @@ from ._core import UringStatistics
 from ._errors import FallbackWarning, RingError, UnavailableError, UnsupportedOperation
 from ._files import aligned_buffer, open_file
 from ._mount import run, statistics
-from ._net import open_tcp_listeners, open_tcp_stream, open_unix_socket, serve_tcp
+from ._net import AcceptAhead, open_tcp_listeners, open_tcp_stream, open_unix_socket, serve_tcp
 from ._path import Path
 from ._ring import Capabilities, RingConfig, capabilities, is_available, why_not
 from ._routes import install, uninstall
 from ._whole_files import FileContents, copy_file, read_file, read_files, send_file, write_file
 
 __all__ = [
+    "AcceptAhead",
     "AsyncFile",
     "Capabilities",
     "FallbackWarning",
