@@ -121,6 +121,7 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
 # A hot transition as an array; None where the table has no such transition.
 _AFTER_LAST_CQE: Final = tuple(TRANSITIONS[state].get(Event.LAST_CQE) for state in State)
 
+_CANCELLED: Final = (State.CANCELLING, State.DETACHED)
 _IDLE: Final = State.IDLE
 _IN_FLIGHT: Final = State.IN_FLIGHT
 _SETTLED: Final = State.SETTLED
@@ -246,7 +247,7 @@ class Owner(Protocol):
     def wake(self) -> Callable[[Task, object], None]:
         """Wakes a parked task with a value."""
 
-    def ask_cancel(self, token: int, notice: int = ...) -> None:
+    def ask_cancel(self, token: int, notice: int, *, again: bool = False) -> None:
         """Stages an ASYNC_CANCEL for the request with this token. ``notice`` is the user_data of its own CQE."""
 
     def hand_over(self, operation: Operation) -> None:
@@ -519,7 +520,19 @@ class Operation:
             self._ask_kernel()
 
     def _ask_kernel(self) -> None:
-        self.owner.ask_cancel(self.token)
+        self._ask_once(again=False)
+
+    def _ask_once(self, *, again: bool) -> None:
+        life = self.token >> INDEX_BITS & INDEX_MASK
+        notice = (self.token & INDEX_MASK) << 2 * INDEX_BITS | life << INDEX_BITS
+        self.owner.ask_cancel(self.token, notice, again=again)
+
+    def cancel_missed(self, life: int) -> None:
+        """The kernel has not found what was to be cancelled. Either it has ended, and its CQE is on its way; or it was
+        just between two tries, or two shots, and will be found.
+        """
+        if life == self.token >> INDEX_BITS & INDEX_MASK and self._state in _CANCELLED:
+            self._ask_once(again=True)
 
     def _take_back(self) -> None:
         self.owner.ring.neutralise(self.number)

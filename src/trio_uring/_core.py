@@ -62,8 +62,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CANCEL_HEAD: Final = int(Opcode.ASYNC_CANCEL)
-_CANCEL_TOKEN: Final = 1 << INDEX_BITS  # slot 0, which only takes notice
 _POLL_HEAD: Final = int(Opcode.POLL_ADD)
+_OF_SOCKETS: Final = frozenset({Opcode.ACCEPT, Opcode.CONNECT, Opcode.RECV, Opcode.SEND})
 MAX_RW_COUNT: Final = lib.TU_MAX_RW_COUNT  # what read(2) and write(2) transfer at most; the SQE's field has 32 bits
 _WAKEUP_INDEX: Final = 1
 _MAIL_INDEX: Final = 2
@@ -199,15 +199,27 @@ class _Notices:
 
     def __init__(self, slots: list[Any]) -> None:
         self._slots = slots
+        self.missed: list[tuple[Operation, int]] = []
 
     def complete(self, token: int, res: int, flags: int) -> None:
         """Nothing depends on them, but that a cancel may have come too early for a step of a chain, or between two
-        shots of a multishot operation.
+        shots of a multishot operation, or two tries of any operation that the kernel makes again when the fd is ready.
         """
         if res == -errno.ENOENT or res == -errno.EALREADY:
             operation = self._slots[token >> 2 * INDEX_BITS]
-            if isinstance(operation, Shots) or (isinstance(operation, Job) and res == -errno.ENOENT):
-                operation.cancel_missed(token >> INDEX_BITS & INDEX_MASK)
+            life = token >> INDEX_BITS & INDEX_MASK
+            if isinstance(operation, Job | Shots):
+                if res == -errno.ENOENT or isinstance(operation, Shots):
+                    operation.cancel_missed(life)
+            elif isinstance(operation, Operation) and res == -errno.ENOENT:
+                self.missed.append((operation, life))
+
+    def ask_again(self) -> None:
+        """For those that have not ended since: mostly, the CQE has come behind the notice."""
+        missed = self.missed[:]
+        self.missed.clear()
+        for operation, life in missed:
+            operation.cancel_missed(life)
 
 
 class _Wakeup:
@@ -320,9 +332,6 @@ class UringIOManager:
     """
 
     wake = staticmethod(_trio_internals.wake)
-    carries_sockets: ClassVar[bool] = True
-    """Can sockets be operated on here?"""
-
     native: ClassVar[bool] = True
     """Is it the run's own I/O manager, which hears of all that is closed in the run?"""
 
@@ -340,10 +349,11 @@ class UringIOManager:
         self._cancels_asked = 0
         self._now = 0.0  # when this tick began; 0: nobody has asked yet
         self._missing = frozenset(Opcode) - self.ring.supported
+        self.carries_sockets = self._missing.isdisjoint(_OF_SOCKETS)
         self._wakeup = _Wakeup(self.ring)
         self.mail = _Mail()
         self._slots: list[Any] = [None, self._wakeup, self.mail]
-        self._slots[0] = _Notices(self._slots)
+        self._slots[0] = self._notices = _Notices(self._slots)
         self._idle: list[Operation] = []
         self._idle_uncounted: list[Operation] = []
         self._counted_slots = 0
@@ -383,6 +393,8 @@ class UringIOManager:
         rest = self._unprocessed = iter(events)
         for token, res, flags in zip(rest, rest, rest):  # noqa: B905
             slots[token & INDEX_MASK].complete(token, res, flags)
+        if self._notices.missed:
+            self._notices.ask_again()
         if self._notify_wanted:
             self._notify_wanted = False
             self._notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -488,9 +500,9 @@ class UringIOManager:
             self._owner = get_ident()
         return get_ident() == self._owner
 
-    def ask_cancel(self, token: int, notice: int = _CANCEL_TOKEN) -> None:
-        """Stages an ASYNC_CANCEL; the operation's own CQE will tell what came of it."""
-        self._cancels_asked += 1
+    def ask_cancel(self, token: int, notice: int, *, again: bool = False) -> None:
+        """Stages an ASYNC_CANCEL; the operation's own CQE will tell what came of it. One asked again is one cancel."""
+        self._cancels_asked += not again
         self.ring.stage(_CANCEL_HEAD, -1, 0, token, 0, 0, notice)
         if self._worker_waits:
             self.ring.flush()
@@ -672,7 +684,10 @@ class UringIOManager:
             return None
         buffers = self._stream_buffers
         if buffers is None:
-            buffers = self._stream_buffers = self.registered.open_stream_buffers()
+            try:
+                buffers = self._stream_buffers = self.registered.open_stream_buffers()
+            except OSError:  # no memory, say; perhaps next time
+                return None
         siblings = self._by_fd.get(fd)
         if siblings is None:
             siblings = self._by_fd[fd] = set()

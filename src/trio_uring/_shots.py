@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ._abi import CQE_F_MORE
-from ._cancel import INDEX_BITS, INDEX_MASK, Event, Kind, Operation, State
+from ._cancel import INDEX_MASK, Event, Kind, Operation, State
 from ._errors import RingError
 
 if TYPE_CHECKING:
@@ -125,19 +125,6 @@ class Shots(Operation):
             self._move(Event.ABANDON)
         self.task = None
         self.receiver.forsake()
-
-    def cancel_missed(self, life: int) -> None:
-        """The kernel has not found what was to be cancelled: it has ended, or it was between two shots."""
-        if life == self._life and self._state in _CANCELLED:
-            self.owner.cancels_lost += 1
-            self._ask_kernel()
-
-    @property
-    def _life(self) -> int:
-        return self.token >> INDEX_BITS & INDEX_MASK
-
-    def _ask_kernel(self) -> None:
-        self.owner.ask_cancel(self.token, self.index << 2 * INDEX_BITS | self._life << INDEX_BITS)
 
     def _take_back(self) -> None:
         self.owner.ring.neutralise(self.number)

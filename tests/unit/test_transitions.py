@@ -38,7 +38,7 @@ class Manager:
         assert task is TASK
         self.woken.append(value)
 
-    def ask_cancel(self, token: int, notice: int = 0) -> None:
+    def ask_cancel(self, token: int, notice: int, *, again: bool = False) -> None:
         self.cancels_asked += 1
 
     def hand_over(self, operation: Operation) -> None:
