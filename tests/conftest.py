@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 import trio
 
-from tests.helpers import MOUNTS, Bench, Mount, manager_or_none
+from tests.helpers import MOUNTS, Bench, Mount, World, manager_or_none
 from trio_uring import RingConfig, _mount, _routes, _trio_internals
+from trio_uring._core import UringIOManager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,6 +88,24 @@ def doors_open() -> Iterator[None]:
         yield
     finally:
         _mount._add_user(-1)
+
+
+@pytest.fixture
+def world(tmp_path: Path, doors_open: None) -> Iterator[World]:
+    """trio's sockets, on the ring."""
+    world = World(str(tmp_path))
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+@pytest.fixture(params=[True, False], ids=["lone", "busy"])
+def traffic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """A run that has, or has not, more to do than one thing at a time. Is it alone?"""
+    alone: bool = request.param
+    monkeypatch.setattr(UringIOManager, "lone", property(lambda self: alone, lambda self, found: None), raising=False)
+    return alone
 
 
 @pytest.fixture(autouse=True)

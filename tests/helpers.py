@@ -30,6 +30,7 @@ from tests import libc
 from trio_uring import RingConfig, _trio_internals
 from trio_uring._attached import AttachedManager
 from trio_uring._core import UringIOManager, _this_thread
+from trio_uring._socket import UringSocket
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -543,6 +544,77 @@ class Bench:
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
         return listener
+
+
+LOCALHOST = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+_socket_numbers = itertools.count()
+
+
+class World:
+    """trio's sockets, of the class that belongs to the run, closed at the end."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self._stack = ExitStack()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def own(self, sock: Any) -> Any:
+        assert (type(sock) is UringSocket) is bool(_this_thread.manager.carries_sockets)
+        return self._stack.enter_context(sock)
+
+    def new(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, proto: int = 0) -> Any:
+        return self.own(trio.socket.socket(family, kind, proto))
+
+    def path(self) -> str:
+        return f"{self.directory}/socket-{next(_socket_numbers)}"
+
+    def address(self, family: int, *, abstract: bool = False) -> Any:
+        if family == socket.AF_UNIX:
+            return f"\0trio-uring-{os.getpid()}-{next(_socket_numbers)}" if abstract else self.path()
+        return LOCALHOST[socket.AddressFamily(family)], 0
+
+    async def bound(self, family: int, kind: int, *, abstract: bool = False) -> Any:
+        sock = self.new(family, kind)
+        await sock.bind(self.address(family, abstract=abstract))
+        return sock
+
+    async def listener(self, family: int, kind: int = socket.SOCK_STREAM, *, abstract: bool = False) -> Any:
+        sock = await self.bound(family, kind, abstract=abstract)
+        sock.listen()
+        return sock
+
+    async def pair(self, name: str) -> tuple[Any, Any]:
+        """A connected pair, of a name in `NAMED`, or "pair" and one in `KINDS`."""
+        if name.startswith("pair "):
+            a, b = trio.socket.socketpair(socket.AF_UNIX, KINDS[name.removeprefix("pair ")])
+            return self.own(a), self.own(b)
+        family, kind, abstract = NAMED[name]
+        if kind == socket.SOCK_DGRAM:
+            a, b = [await self.bound(family, kind) for _ in range(2)]
+            await a.connect(b.getsockname())
+            await b.connect(a.getsockname())
+            return a, b
+        listener = await self.listener(family, kind, abstract=abstract)
+        a = self.new(family, kind)
+        await a.connect(listener.getsockname())
+        b, address = await listener.accept()
+        assert address == a.getsockname()
+        return a, self.own(b)
+
+
+KINDS = {"stream": socket.SOCK_STREAM, "dgram": socket.SOCK_DGRAM, "seqpacket": socket.SOCK_SEQPACKET}
+NAMED = {
+    "tcp": (socket.AF_INET, socket.SOCK_STREAM, False),
+    "tcp6": (socket.AF_INET6, socket.SOCK_STREAM, False),
+    "unix": (socket.AF_UNIX, socket.SOCK_STREAM, False),
+    "unix abstract": (socket.AF_UNIX, socket.SOCK_STREAM, True),
+    "unix seqpacket": (socket.AF_UNIX, socket.SOCK_SEQPACKET, False),
+    "unix dgram": (socket.AF_UNIX, socket.SOCK_DGRAM, False),
+    "udp": (socket.AF_INET, socket.SOCK_DGRAM, False),
+    "udp6": (socket.AF_INET6, socket.SOCK_DGRAM, False),
+}
 
 
 def _reap(pid: int) -> None:

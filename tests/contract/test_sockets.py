@@ -9,7 +9,6 @@ import itertools
 import os
 import socket
 import subprocess
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,85 +17,15 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import Attempt, Mount, manager_or_none, parked
-from trio_uring._core import UringIOManager
+from tests.helpers import KINDS, NAMED, Attempt, Mount, World, manager_or_none, parked
 from trio_uring._registered import STREAM_BUFFER_SIZE
 from trio_uring._socket import UringSocket
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     Scenario = Callable[["World"], Awaitable[object]]
 
-LOCALHOST = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
-_numbers = itertools.count()
-
-
-class World:
-    """Sockets for one run of a scenario, closed at its end."""
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        self._stack = ExitStack()
-
-    def close(self) -> None:
-        self._stack.close()
-
-    def own(self, sock: Any) -> Any:
-        assert (type(sock) is UringSocket) is (manager_or_none() is not None)
-        return self._stack.enter_context(sock)
-
-    def new(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, proto: int = 0) -> Any:
-        return self.own(trio.socket.socket(family, kind, proto))
-
-    def path(self) -> str:
-        return f"{self.directory}/socket-{next(_numbers)}"
-
-    def address(self, family: int, *, abstract: bool = False) -> Any:
-        if family == socket.AF_UNIX:
-            return f"\0trio-uring-{os.getpid()}-{next(_numbers)}" if abstract else self.path()
-        return LOCALHOST[socket.AddressFamily(family)], 0
-
-    async def bound(self, family: int, kind: int, *, abstract: bool = False) -> Any:
-        sock = self.new(family, kind)
-        await sock.bind(self.address(family, abstract=abstract))
-        return sock
-
-    async def listener(self, family: int, kind: int = socket.SOCK_STREAM, *, abstract: bool = False) -> Any:
-        sock = await self.bound(family, kind, abstract=abstract)
-        sock.listen()
-        return sock
-
-    async def pair(self, name: str) -> tuple[Any, Any]:
-        """A connected pair, of one of `PAIRS`."""
-        if name.startswith("pair "):
-            a, b = trio.socket.socketpair(socket.AF_UNIX, KINDS[name.removeprefix("pair ")])
-            return self.own(a), self.own(b)
-        family, kind, abstract = NAMED[name]
-        if kind == socket.SOCK_DGRAM:
-            a, b = [await self.bound(family, kind) for _ in range(2)]
-            await a.connect(b.getsockname())
-            await b.connect(a.getsockname())
-            return a, b
-        listener = await self.listener(family, kind, abstract=abstract)
-        a = self.new(family, kind)
-        await a.connect(listener.getsockname())
-        b, address = await listener.accept()
-        assert address == a.getsockname()
-        return a, self.own(b)
-
-
-KINDS = {"stream": socket.SOCK_STREAM, "dgram": socket.SOCK_DGRAM, "seqpacket": socket.SOCK_SEQPACKET}
-NAMED = {
-    "tcp": (socket.AF_INET, socket.SOCK_STREAM, False),
-    "tcp6": (socket.AF_INET6, socket.SOCK_STREAM, False),
-    "unix": (socket.AF_UNIX, socket.SOCK_STREAM, False),
-    "unix abstract": (socket.AF_UNIX, socket.SOCK_STREAM, True),
-    "unix seqpacket": (socket.AF_UNIX, socket.SOCK_SEQPACKET, False),
-    "unix dgram": (socket.AF_UNIX, socket.SOCK_DGRAM, False),
-    "udp": (socket.AF_INET, socket.SOCK_DGRAM, False),
-    "udp6": (socket.AF_INET6, socket.SOCK_DGRAM, False),
-}
 PAIRS = [*NAMED, *(f"pair {kind}" for kind in KINDS)]
 STREAMS = ["tcp", "tcp6", "unix", "unix abstract", "pair stream"]
 OF_ANY_KIND = ["tcp", "unix", "unix seqpacket", "udp", "pair stream", "pair dgram"]
@@ -145,21 +74,6 @@ def differences(left: Any, right: Any) -> Any:
     if isinstance(left, dict):
         return {name: (left[name], right.get(name)) for name in left if left[name] != right.get(name)}
     return [(one, other) for one, other in zip(left, right, strict=True) if one != other] if left != right else []
-
-
-@pytest.fixture
-def world(tmp_path: Any, doors_open: None) -> Iterator[World]:
-    world = World(str(tmp_path))
-    yield world
-    world.close()
-
-
-@pytest.fixture(params=[True, False], ids=["lone", "busy"])
-def traffic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that has, or has not, more to do than one thing at a time."""
-    monkeypatch.setattr(
-        UringIOManager, "lone", property(lambda self: request.param, lambda self, found: None), raising=False
-    )
 
 
 # Receiving
@@ -492,7 +406,7 @@ def test_send_to_nobody(same: Any, kind: str) -> None:
     assert results["bytes", "gone", "stream"][0] is trio.BrokenResourceError
 
 
-async def test_a_buffer_on_its_way_keeps_its_size(world: World, traffic: None) -> None:
+async def test_a_buffer_on_its_way_keeps_its_size(world: World, traffic: bool) -> None:
     """Of the whole of what `send_all` sends, until all is sent."""
     a, b = await world.pair("tcp")
     data = bytearray(n % 251 for n in range(3 << 20))
@@ -1073,7 +987,7 @@ _steps = st.lists(
 
 @pytest.mark.parametrize("kind", ["pair stream", "pair seqpacket"])
 @pytest.mark.seconds(120)
-def test_random_scenarios(kind: str, mount: Mount, doors_open: None, traffic: None) -> None:
+def test_random_scenarios(kind: str, mount: Mount, doors_open: None, traffic: bool) -> None:
     async def one(pair: tuple[Any, Any], what: str, who: int, argument: Any) -> Any:
         sock = pair[who]
         if what in ("send", "recv", "recvmsg"):
