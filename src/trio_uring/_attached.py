@@ -38,7 +38,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._abi import Opcode
 from ._cancel import State
-from ._core import _CANCEL_TOKEN, _FIRST_INDEX, UringIOManager, _drain_eventfd, ring_failed
+from ._core import _FIRST_INDEX, UringIOManager, _drain_eventfd, ring_failed
 from ._errors import RingError
 from ._ring import Ring
 from ._shots import Shots
@@ -278,9 +278,9 @@ class AttachedManager(UringIOManager):
 
     # What is different beside another I/O manager
 
-    def ask_cancel(self, token: int, notice: int = _CANCEL_TOKEN) -> None:
+    def ask_cancel(self, token: int, notice: int, *, again: bool = False) -> None:
         """See `UringIOManager.ask_cancel`."""
-        super().ask_cancel(token, notice)
+        super().ask_cancel(token, notice, again=again)
         if self._worker_waits and self.ring.pending():
             self._end_wait()
 
