@@ -22,6 +22,8 @@ STREAM = bytes(n % 251 for n in range(1 << 16))
 
 
 @pytest.mark.seconds(60)
+@pytest.mark.parametrize("traffic", [False], indirect=True)
+@pytest.mark.usefixtures("traffic")
 @pytest.mark.parametrize("name", ["receive_some", "recv"])
 async def test_a_cancelled_receive_loses_no_byte(world: World, name: str) -> None:
     """The peer sends before the receive is submitted, while the kernel has it, and around the cancel."""
@@ -67,7 +69,8 @@ async def test_a_cancelled_receive_loses_no_byte(world: World, name: str) -> Non
     await trio.testing.wait_all_tasks_blocked()
     buffers = manager()._stream_buffers
     assert buffers is not None
-    assert (buffers.out, statistics().in_flight) == (0, 0)
+    assert buffers.out == len(buffers._copied) < buffers.count  # these go back together
+    assert statistics().in_flight == 0
 
 
 @pytest.mark.seconds(60)
@@ -118,7 +121,8 @@ async def test_an_accept_leaks_and_drops_nothing(world: World) -> None:
             attempt.scope.cancel()
         if not how & 1:
             client.connect(address)
-        attempt.scope.cancel()
+        if how & 6:
+            attempt.scope.cancel()
 
     async with trio.open_nursery() as nursery:
         for number in range(3000):
