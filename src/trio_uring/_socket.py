@@ -47,6 +47,10 @@ _RECV_UNCOUNTED: Final = replace(RECV, counted=False)
 _ACCEPT_UNCOUNTED: Final = replace(ACCEPT, counted=False)
 _CONNECT_UNCOUNTED: Final = replace(CONNECT, counted=False)
 
+WHAT_FITS: Final = int(stdlib_socket.MSG_DONTWAIT)
+"""For a send: the wait for room is ours. The kernel's own ends for a peer that has half-closed, too, at once, and after
+some tries it has a worker thread wait: a few hundred such peers would take them all."""
+
 _KNOWN_FAMILIES: Final = frozenset({stdlib_socket.AF_INET, stdlib_socket.AF_INET6, stdlib_socket.AF_UNIX})
 """Those whose addresses we show as the standard library does."""
 
@@ -283,7 +287,7 @@ class UringSocket(SocketBase):
             if manager.is_lone() and (sent := await self.send_now(data)):
                 return sent
             if not manager.is_busy("write", fd):
-                return await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1)
+                return await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1, WHAT_FITS)
         count: int = await _send_trying(self, data, flags)
         return count
 

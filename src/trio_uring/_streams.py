@@ -10,8 +10,7 @@
 from __future__ import annotations
 
 import errno
-import socket as stdlib_socket
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 from trio.lowlevel import enable_ki_protection
@@ -19,13 +18,14 @@ from trio.lowlevel import enable_ki_protection
 from . import _mount, _trio_internals
 from ._core import _this_thread
 from ._registered import STREAM_BUFFER_SIZE
-from ._socket import PLAIN, RECV_SELECTING, SEND_UNCOUNTED, UringSocket
+from ._socket import PLAIN, RECV_SELECTING, SEND_UNCOUNTED, WHAT_FITS, UringSocket
 from ._structs import CHARS, from_buffer
+
+if TYPE_CHECKING:
+    import socket as stdlib_socket
 
 _RECEIVE_SIZE: Final = 65536  # what a stream asks for if it is not told
 _NOT_OPEN: Final = frozenset({errno.EBADF, errno.ENOTSOCK})
-
-_WHOLE: Final = stdlib_socket.MSG_WAITALL  # returns early only if it is cancelled
 
 _stock_receive_some: Final = trio.SocketStream.receive_some
 _stock_send_all: Final = trio.SocketStream.send_all
@@ -75,10 +75,10 @@ async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryvie
             if manager.is_lone():
                 sent = await socket.send_now(data)
             else:
-                sent = await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1, _WHOLE)
+                sent = await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1, WHAT_FITS)
             while sent < len(whole):  # asks for the fd again: after a close, the number may be another's
                 fd = socket.fileno()
-                sent += await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, whole[sent:]), -1, _WHOLE)
+                sent += await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, whole[sent:]), -1, WHAT_FITS)
         except OSError as exc:
             raise _stream_error(exc) from exc
 
