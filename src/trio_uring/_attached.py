@@ -88,6 +88,8 @@ class _Ticks(trio.abc.Instrument):
             manager.before_wait(timeout)
         except BaseException as exc:
             manager.fail(exc)
+            if timeout > 0:  # those who hear of it are not to wait
+                manager.token.run_sync_soon(_nothing)
 
     def after_io_wait(self, timeout: float) -> None:
         manager = self._manager
@@ -122,7 +124,7 @@ class AttachedManager(UringIOManager):
 
     @enable_ki_protection
     def __init__(self, config: RingConfig, ring: Ring | None = None) -> None:
-        self._token = trio.lowlevel.current_trio_token()
+        self.token = trio.lowlevel.current_trio_token()
         self._eventfd = -1
         self._registered = False
         self._watched = False
@@ -251,7 +253,7 @@ class AttachedManager(UringIOManager):
         if self._watched:
             os.eventfd_write(self._eventfd, 1)
         else:
-            self._token.run_sync_soon(_nothing, idempotent=True)
+            self.token.run_sync_soon(_nothing, idempotent=True)
 
     def after_wait(self) -> None:
         """trio has waited."""
@@ -323,7 +325,6 @@ class AttachedManager(UringIOManager):
             raise ring_failed(cause)
 
         self._staging_is(refuse)
-        self._token.run_sync_soon(_nothing)
 
     def close(self) -> None:
         """See `UringIOManager.close`."""
