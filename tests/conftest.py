@@ -104,7 +104,7 @@ def world(tmp_path: Path, doors_open: None) -> Iterator[World]:
 def traffic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """A run that has, or has not, more to do than one thing at a time. Is it alone?"""
     alone: bool = request.param
-    monkeypatch.setattr(UringIOManager, "lone", property(lambda self: alone, lambda self, found: None), raising=False)
+    monkeypatch.setattr(UringIOManager, "is_lone", lambda self: alone)
     return alone
 
 

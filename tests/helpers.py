@@ -550,6 +550,12 @@ LOCALHOST = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 _socket_numbers = itertools.count()
 
 
+def sockets() -> Any:
+    """trio's names for sockets; or ours of the same name in a run where trio's do not lead to the ring."""
+    manager = _this_thread.manager
+    return trio_uring.socket if manager.carries_sockets and not manager.native else trio.socket
+
+
 class World:
     """trio's sockets, of the class that belongs to the run, closed at the end."""
 
@@ -565,7 +571,7 @@ class World:
         return self._stack.enter_context(sock)
 
     def new(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, proto: int = 0) -> Any:
-        return self.own(trio.socket.socket(family, kind, proto))
+        return self.own(sockets().socket(family, kind, proto))
 
     def path(self) -> str:
         return f"{self.directory}/socket-{next(_socket_numbers)}"
@@ -588,7 +594,7 @@ class World:
     async def pair(self, name: str) -> tuple[Any, Any]:
         """A connected pair, of a name in `NAMED`, or "pair" and one in `KINDS`."""
         if name.startswith("pair "):
-            a, b = trio.socket.socketpair(socket.AF_UNIX, KINDS[name.removeprefix("pair ")])
+            a, b = sockets().socketpair(socket.AF_UNIX, KINDS[name.removeprefix("pair ")])
             return self.own(a), self.own(b)
         family, kind, abstract = NAMED[name]
         if kind == socket.SOCK_DGRAM:

@@ -17,7 +17,7 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import KINDS, NAMED, Attempt, Mount, World, manager_or_none, parked
+from tests.helpers import KINDS, NAMED, Attempt, Mount, World, manager_or_none, parked, sockets
 from trio_uring._registered import STREAM_BUFFER_SIZE
 from trio_uring._socket import UringSocket
 
@@ -749,7 +749,7 @@ def test_unconnected(same: Any) -> None:
 
 def test_outside_of_a_run(doors_open: None) -> None:
     """A socket is left to somebody else, or to the end of its block."""
-    a, b = trio.socket.socketpair()
+    a, b = sockets().socketpair()
     assert type(a) is UringSocket
     with b:
         os.close(a.detach())
@@ -845,8 +845,8 @@ def test_blocking_and_shared_sockets(same: Any, kind: str) -> None:
     async def use(world: World) -> Any:
         a, b = await world.pair(kind)
         results: list[Any] = []
-        shared = world.own(trio.socket.fromfd(a.fileno(), a.family, a.type))
-        adopted = world.own(trio.socket.from_stdlib_socket(socket.socket(fileno=b.detach())))
+        shared = world.own(sockets().fromfd(a.fileno(), a.family, a.type))
+        adopted = world.own(sockets().from_stdlib_socket(socket.socket(fileno=b.detach())))
         results.append([os.get_blocking(sock.fileno()) for sock in (a, shared, adopted)])
         for reader in (a, shared):
             async with trio.open_nursery() as nursery:
@@ -1004,7 +1004,7 @@ def test_random_scenarios(kind: str, mount: Mount, doors_open: None, traffic: bo
         return result
 
     async def play(steps: list[tuple[str, int, Any]]) -> list[Any]:
-        pair = trio.socket.socketpair(socket.AF_UNIX, KINDS[kind.removeprefix("pair ")])
+        pair = sockets().socketpair(socket.AF_UNIX, KINDS[kind.removeprefix("pair ")])
         results: list[Any] = []
         try:
             for step in steps:
