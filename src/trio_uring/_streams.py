@@ -93,7 +93,8 @@ class _SocketMaker(metaclass=_AlsoOurs):
 
     def __new__(cls, sock: stdlib_socket.socket) -> Any:
         """Outside of any run nobody knows yet who will use it."""
-        wanted = _this_thread.manager.native or not trio.lowlevel.in_trio_run()
+        manager = _this_thread.manager
+        wanted = (manager.native and manager.carries_sockets) or not trio.lowlevel.in_trio_run()
         return (UringSocket if wanted else _trio_internals.TrioSocket)(sock)
 
 

@@ -621,6 +621,7 @@ async def test_a_cancelled_connect_closes_the_socket(world: World, bench: Any) -
         assert sock.fileno() == -1
 
 
+@pytest.mark.native("beside trio's own I/O manager each of the two knows its own waiters only")
 async def test_two_connects(world: World, bench: Any) -> None:
     address = bench.deaf_listener().getsockname()
     sock = world.new()
@@ -908,6 +909,7 @@ def test_busy(same: Any) -> None:
     assert same(use)[0][-1] == (trio.BusyResourceError, None)
 
 
+@pytest.mark.native("beside trio's own I/O manager each of the two knows its own waiters only")
 @pytest.mark.usefixtures("traffic")
 def test_busy_senders(same: Any) -> None:
     async def use(world: World) -> Any:
