@@ -113,7 +113,7 @@ class TheIOManager(UringIOManager):
 
 
 def _warn(reason: str, what: str = "io_uring is not used") -> None:
-    warnings.warn(f"{what}: {reason}", FallbackWarning, stacklevel=4)
+    warnings.warn(f"{what}: {reason}", FallbackWarning, stacklevel=5)
 
 
 def _native_mount_possible(config: RingConfig) -> bool:
@@ -177,6 +177,12 @@ def _requested(config: RingConfig) -> Iterator[None]:
             yield
     finally:
         _add_user(-1)
+
+
+def ring_wanted(config: RingConfig | None) -> contextlib.AbstractContextManager[None]:
+    """Runs that this thread starts meanwhile have a ring."""
+    config = config or RingConfig()
+    return (_requested if _native_mount_possible(config) else _wanted_by_this_thread)(config)
 
 
 def _attach_config() -> RingConfig:
@@ -245,9 +251,7 @@ def run(
         FallbackWarning: ``mode`` is ``"auto"`` and there can be no ring, or none in the place of this trio's own I/O
             manager; the run uses that.
     """
-    config = config or RingConfig()
-    requested = _requested if _native_mount_possible(config) else _wanted_by_this_thread
-    with requested(config):
+    with ring_wanted(config):
         return trio.run(async_fn, *args, **trio_run_kwargs)
 
 

@@ -9,8 +9,7 @@ of a run with a ring, and else calls what stood there before; so other runs, and
   ``from trio import open_file`` before keeps trio's, and with it threads.
 
 What trio's names return is an `AsyncFile`, which trio's class of files, being an abstract base class, is told to take
-for an instance. Users of anyio may go by what anyio's class says (arguments by keyword, ``limiter``, an ``aclose`` that
-is never cancelled), so they get a subclass of that, around an `AsyncFile`.
+for an instance. What anyio's return is in `_anyio_files`.
 
 A name is put back only where what is found there is ours: somebody may have patched it since, and may call ours from
 there. That, and a name somebody has kept, does from then on what stood there before.
@@ -19,7 +18,6 @@ there. That, and a name somebody has kept, does from then on what stood there be
 from __future__ import annotations
 
 import functools
-import inspect
 import io
 import threading
 from typing import TYPE_CHECKING, Any, Final
@@ -30,7 +28,7 @@ from . import _mount
 from ._binary_files import AsyncFile
 from ._core import on_ring
 from ._files import open_file
-from ._path import RING_METHODS, Path, ring_or
+from ._path import RING_METHODS, ring_or
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -62,68 +60,6 @@ class _Route:
         return self._open and on_ring()
 
 
-# For anyio
-
-
-@functools.cache
-def _anyio_file_class() -> Any:
-    """anyio is imported by those who have it."""
-    import anyio
-
-    class RingFile(anyio.AsyncFile[Any]):
-        """anyio's file, around an `AsyncFile` instead of a file object."""
-
-        def __aiter__(self) -> Any:
-            file: Any = self.wrapped
-            return aiter(file)
-
-        async def aclose(self) -> None:
-            file: Any = self.wrapped
-            with trio.CancelScope(shield=True):
-                await file.aclose()
-
-    def forwarding(name: str, method: Any) -> Any:
-        signature = inspect.signature(method)
-
-        @functools.wraps(method)
-        async def forward(self: RingFile, *args: Any, **kwargs: Any) -> Any:
-            if kwargs:
-                args = signature.bind(self, *args, **kwargs).args[1:]
-            return await getattr(self.wrapped, name)(*args)
-
-        return forward
-
-    for name, method in vars(anyio.AsyncFile).items():
-        if inspect.iscoroutinefunction(method) and name not in vars(RingFile):
-            setattr(RingFile, name, forwarding(name, method))
-    return RingFile
-
-
-def _anyio_file(file: AsyncFile, limiter: object) -> Any:
-    cls = _anyio_file_class()
-    return cls(file) if limiter is None else cls(file, limiter=limiter)
-
-
-async def _open_for_anyio(*args: Any, limiter: object = None, **kwargs: Any) -> Any:
-    """`open_file` with the signature of anyio's. There is no thread to be limited."""
-    return _anyio_file(await open_file(*args, **kwargs), limiter)
-
-
-def _for_anyio(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """A method of `Path` for an `anyio.Path`."""
-
-    async def on_anyio_path(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = await method(Path(self), *args, **kwargs)
-        limiter = getattr(self, "limiter", None)  # which a path has since anyio 4.14
-        if isinstance(result, AsyncFile):
-            return _anyio_file(result, limiter)
-        if isinstance(result, Path):
-            return type(self)(result) if limiter is None else type(self)(result, limiter=limiter)
-        return result
-
-    return on_anyio_path
-
-
 def _open_routes() -> None:
     type(trio.wrap_file(io.BytesIO())).register(AsyncFile)
     routes.append(_Route(trio, "open_file", open_file))
@@ -132,11 +68,11 @@ def _open_routes() -> None:
         import anyio
     except ImportError:
         return
-    routes.append(_Route(anyio, "open_file", _open_for_anyio))
+    from ._anyio_files import for_anyio, open_for_anyio
+
+    routes.append(_Route(anyio, "open_file", open_for_anyio))
     routes.extend(
-        _Route(anyio.Path, name, _for_anyio(method))
-        for name, method in RING_METHODS.items()
-        if name in vars(anyio.Path)
+        _Route(anyio.Path, name, for_anyio(method)) for name, method in RING_METHODS.items() if name in vars(anyio.Path)
     )
 
 

@@ -30,6 +30,7 @@ LAYERS: Final = (
     {"_text_files"},
     {"_files", "_pipes", "_socket", "_whole_files"},
     {"_path"},
+    {"_anyio_files"},
     {"_routes", "_streams"},
     {"_net"},
     {"lowlevel", "testing", "socket", "anyio", "pytest_plugin"},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import trio_uring
+import trio_uring.anyio
 import trio_uring.testing
 from trio_uring import lowlevel
 from trio_uring._abi import Opcode
@@ -18,7 +19,7 @@ from trio_uring._abi import Opcode
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MODULES = [trio_uring, lowlevel, trio_uring.testing]
+MODULES = [trio_uring, lowlevel, trio_uring.anyio, trio_uring.testing]
 
 
 def sort_key(name: str) -> tuple[int, str]:
@@ -80,8 +81,9 @@ def test_everything_public_is_documented(name: str) -> None:
     assert not documentation.startswith(f"{name.split('.')[-1]}(")
 
 
-def test_importing_the_package_imports_no_test_tools() -> None:
-    code = "import sys, trio_uring; print(*sorted({'pytest', 'hypothesis', 'trio_uring.testing'} & sys.modules.keys()))"
+def test_importing_the_package_imports_neither_test_tools_nor_anyio() -> None:
+    unwanted = ["pytest", "hypothesis", "anyio", "trio_uring.testing"]
+    code = f"import sys, trio_uring; print(*sorted(set({unwanted}) & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"
 
 
