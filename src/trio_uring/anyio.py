@@ -22,7 +22,6 @@ import anyio
 import anyio.streams.file
 import trio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
-from anyio.lowlevel import checkpoint_if_cancelled
 from anyio.streams.stapled import MultiListener
 from anyio.streams.tls import TLSStream
 
@@ -261,14 +260,10 @@ def _unwrapped(file: object) -> Any:
     return unwrapped
 
 
-async def _close(file: Any) -> None:
-    with anyio.CancelScope(shield=True):
-        await file.aclose()
-    await checkpoint_if_cancelled()
-
-
 class FileReadStream(anyio.streams.file.FileReadStream):
     """`anyio.streams.file.FileReadStream` on the ring: a stream of the bytes of a file.
+
+    Its methods are checkpoints where those of `trio_uring.AsyncFile` are.
 
     Args:
         file: one of `open_file`, or of `trio_uring.open_file`, in a binary mode.
@@ -316,11 +311,13 @@ class FileReadStream(anyio.streams.file.FileReadStream):
 
     async def aclose(self) -> None:
         """Closes the file; also if it is cancelled."""
-        await _close(self._ring_file)
+        await self._ring_file.aclose()
 
 
 class FileWriteStream(anyio.streams.file.FileWriteStream):
     """`anyio.streams.file.FileWriteStream` on the ring: a stream into a file.
+
+    Its methods are checkpoints where those of `trio_uring.AsyncFile` are.
 
     Args:
         file: one of `open_file`, or of `trio_uring.open_file`, in a binary mode.
@@ -352,4 +349,4 @@ class FileWriteStream(anyio.streams.file.FileWriteStream):
 
     async def aclose(self) -> None:
         """Closes the file; also if it is cancelled."""
-        await _close(self._ring_file)
+        await self._ring_file.aclose()

@@ -220,7 +220,7 @@ def _forbid_io_uring(code: int) -> None:
     assert libc.prctl(22, 2, header, 0, 0) == 0, ctypes.get_errno()
 
 
-def _without_io_uring(code: int, function: Callable[[], Any]) -> Any:
+def without_io_uring(code: int, function: Callable[[], Any]) -> Any:
     def child() -> Any:
         _forbid_io_uring(code)
         return function()
@@ -241,10 +241,10 @@ def test_a_sandbox_forbids_it(code: int) -> None:
         assert len(caught) == 3
         return [str(warning.message) for warning in caught]
 
-    for message in _without_io_uring(code, auto):
+    for message in without_io_uring(code, auto):
         assert message.startswith("io_uring is not used: a seccomp filter forbids io_uring")
-    assert _without_io_uring(code, trio_uring.is_available) is False
-    assert "seccomp" in _without_io_uring(code, trio_uring.why_not)
+    assert without_io_uring(code, trio_uring.is_available) is False
+    assert "seccomp" in without_io_uring(code, trio_uring.why_not)
 
     def require() -> None:
         try:
@@ -254,14 +254,14 @@ def test_a_sandbox_forbids_it(code: int) -> None:
             trio.run(talk)
 
     with pytest.raises(UnavailableError, match="seccomp") as raised:
-        _without_io_uring(code, require)
+        without_io_uring(code, require)
     assert raised.value.errno == code
 
     def off() -> bool:
         warnings.simplefilter("error")
         return trio_uring.run(has_ring, config=RingConfig(mode="off"))
 
-    assert _without_io_uring(code, off) is False
+    assert without_io_uring(code, off) is False
 
 
 def test_a_trio_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
