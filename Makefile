@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test lint types docs trio-suite bench install clean
+.PHONY: run test lint types docs trio-suite interop bench install clean
 
 run: install
 	$(BIN)/python examples/main_job.py
@@ -24,6 +24,9 @@ docs: install $(VENV)/group-docs
 
 trio-suite: install $(VENV)/group-trio-suite
 	$(BIN)/python tests/interop/run_trio_suite.py
+
+interop: install $(VENV)/group-interop
+	$(BIN)/python -m pytest tests/interop
 
 bench: install $(VENV)/group-bench
 	$(BIN)/python -m benchmarks

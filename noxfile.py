@@ -43,6 +43,13 @@ def trio_suite(session: nox.Session) -> None:
     session.run("python", "tests/interop/run_trio_suite.py", *session.posargs)
 
 
+@nox.session(python=PYTHONS)
+def interop(session: nox.Session) -> None:
+    """Other people's packages, unchanged, on the ring."""
+    install(session, "interop")
+    session.run("pytest", "tests/interop", *session.posargs)
+
+
 @nox.session
 def asan(session: nox.Session) -> None:
     """The C side under AddressSanitizer and UBSan; leaks are not looked for, CPython has its own at exit."""
