@@ -37,6 +37,7 @@ class _Requests(threading.local):
     """What this thread wants for the run it is about to start; None: no wish."""
 
     config: RingConfig | None = None
+    beside: bool = False  # not as the run's own I/O manager
 
 
 class Door(Protocol):
@@ -85,7 +86,7 @@ class TheIOManager(UringIOManager):
 
     def __new__(cls) -> Any:
         config = _requests.config or _installed
-        if config is None or config.effective_mode == "off":
+        if config is None or config.effective_mode == "off" or _requests.beside:
             return _stock()
         close_left_over()
         manager = super().__new__(cls)
@@ -161,12 +162,13 @@ def _see_to_doors() -> None:
 
 
 @contextlib.contextmanager
-def _wanted_by_this_thread(config: RingConfig) -> Iterator[None]:
-    before, _requests.config = _requests.config, config
+def _wanted_by_this_thread(config: RingConfig, *, beside: bool = False) -> Iterator[None]:
+    before = _requests.config, _requests.beside
+    _requests.config, _requests.beside = config, beside
     try:
         yield
     finally:
-        _requests.config = before
+        _requests.config, _requests.beside = before
 
 
 @contextlib.contextmanager
@@ -183,6 +185,11 @@ def ring_wanted(config: RingConfig | None) -> contextlib.AbstractContextManager[
     """Runs that this thread starts meanwhile have a ring."""
     config = config or RingConfig()
     return (_requested if _native_mount_possible(config) else _wanted_by_this_thread)(config)
+
+
+def ring_wanted_beside(config: RingConfig) -> contextlib.AbstractContextManager[None]:
+    """Runs that this thread starts meanwhile have trio's own I/O manager; the first call mounts a ring beside it."""
+    return _wanted_by_this_thread(config, beside=True)
 
 
 def _attach_config() -> RingConfig:

@@ -161,6 +161,11 @@ class Registered:
 
     # Fixed buffers
 
+    @property
+    def buffers_in_use(self) -> int:
+        """How many are registered."""
+        return 0 if self._free_buffers is None else MAX_FIXED_BUFFERS - len(self._free_buffers)
+
     def add_buffer(self, address: int, size: int) -> int:
         """Returns the index of a fixed buffer.
 

@@ -295,9 +295,10 @@ def test_pass_fd(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", BLOCKS)
 def test_block(place: str, tmp_path: Path) -> None:
-    script = tmp_path / "block.py"
+    script = tmp_path / "test_block.py"
     script.write_text(BLOCKS[place])
-    python(str(script))
+    pytest_options = ["-m", "pytest", "-p", "no:cacheprovider"] if "import pytest" in BLOCKS[place] else []
+    python(*pytest_options, str(script))
 
 
 def test_blocks_are_found_in_both_formats() -> None:

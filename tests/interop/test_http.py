@@ -179,7 +179,8 @@ def test_hypercorns_own_worker_process(tmp_path: Path) -> None:
 
     async def ask(url: str) -> str:
         async with httpx.AsyncClient() as client:
-            return (await client.get(url)).text
+            text: str = (await client.get(url)).text
+            return text
 
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

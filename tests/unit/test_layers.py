@@ -33,7 +33,8 @@ LAYERS: Final = (
     {"_anyio_files"},
     {"_routes", "_streams"},
     {"_net"},
-    {"lowlevel", "testing", "socket", "anyio", "pytest_plugin"},
+    {"lowlevel", "testing", "socket", "anyio"},
+    {"pytest_plugin"},
     {"_cli"},
     {"__init__", "__main__"},
 )
