@@ -107,6 +107,11 @@ class Host:
         return self.result.unwrap()
 
 
+def run_without_ring(async_fn: Callable[..., Awaitable[T]], *args: object) -> T:
+    """As where there can be none."""
+    return trio_uring.run(async_fn, *args, config=RingConfig(mode="off"))
+
+
 def run_guest(async_fn: Callable[..., Awaitable[T]], *args: object, config: RingConfig = REQUIRED, **kwargs: Any) -> T:
     host = Host()
     host.start(async_fn, *args, config=config, **kwargs)

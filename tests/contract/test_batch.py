@@ -31,6 +31,7 @@ from tests.helpers import (
     parked,
     run_native,
     run_to_a_crash,
+    run_without_ring,
     spin_until,
 )
 from tests.unit.by_hand import no_garbage_collection, pinned
@@ -385,7 +386,7 @@ def test_a_run_without_a_ring() -> None:
         with pytest.raises(UnavailableError, match="batch needs a ring"):
             batch()
 
-    trio.run(main)
+    run_without_ring(main)
     with pytest.raises(RuntimeError, match="async context"):
         batch()
 

@@ -26,6 +26,7 @@ from tests.helpers import (
     nothing_submitted,
     parked,
     run_to_a_crash,
+    run_without_ring,
     spin_until,
 )
 from tests.unit.by_hand import no_garbage_collection, pinned
@@ -216,7 +217,7 @@ def test_a_run_without_a_ring() -> None:
         with pytest.raises(UnavailableError):
             chain()
 
-    trio.run(main)
+    run_without_ring(main)
 
 
 async def test_one_direction_of_a_socket(bench: Bench) -> None:

@@ -33,6 +33,7 @@ from tests.helpers import (
     interrupted_at_line,
     nothing_submitted,
     parked,
+    run_without_ring,
 )
 from trio_uring import (
     AsyncFile,
@@ -290,7 +291,7 @@ def test_outside_of_a_ring(bench: Bench) -> None:
         with pytest.raises(UnavailableError, match="needs a ring"):
             await open_file(path, opener=_dup(path))
 
-    trio.run(main)
+    run_without_ring(main)
 
 
 # Reading and writing

@@ -29,6 +29,7 @@ from tests.helpers import (
     parked,
     run_native,
     run_to_a_crash,
+    run_without_ring,
     spin_until,
 )
 from tests.unit.by_hand import no_garbage_collection
@@ -511,7 +512,7 @@ def test_a_run_without_a_ring() -> None:
         assert not receiver.mailbox._on_the_way
 
     with receiving() as receiver:
-        trio.run(plain)
+        run_without_ring(plain)
 
 
 async def test_a_kernel_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trio_uring
-from tests.helpers import Attempt, in_child, interrupted_at_line, manager, nothing_submitted, run_native
+from tests.helpers import (
+    Attempt,
+    in_child,
+    interrupted_at_line,
+    manager,
+    nothing_submitted,
+    run_native,
+    run_without_ring,
+)
 from trio_uring import Path, UringStatistics
 from trio_uring._abi import Opcode
 from trio_uring._path import RING_METHODS
@@ -440,7 +448,7 @@ def test_without_a_ring_it_is_trios(name: str, tmp_path: pathlib.Path) -> None:
         assert await needs_a_thread(call)
         await call()
 
-    trio.run(main)
+    run_without_ring(main)
 
 
 @pytest.mark.parametrize("name", ["mkdir", "rename", "symlink_to", "unlink"])

@@ -19,7 +19,18 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import Attempt, Mount, crash, drain, in_child, manager, parked, run_native, run_to_a_crash
+from tests.helpers import (
+    Attempt,
+    Mount,
+    crash,
+    drain,
+    in_child,
+    manager,
+    parked,
+    run_native,
+    run_to_a_crash,
+    run_without_ring,
+)
 from tests.unit.by_hand import no_garbage_collection, pinned
 from trio_uring import UnavailableError, UnsupportedOperation, _registered, lowlevel, statistics
 from trio_uring._abi import Opcode
@@ -339,7 +350,7 @@ def test_without_a_ring() -> None:
         with pytest.raises(UnavailableError):
             RegisteredBuffer(bytearray(1))
 
-    trio.run(main)
+    run_without_ring(main)
 
 
 # The end of the run

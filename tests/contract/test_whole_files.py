@@ -33,6 +33,7 @@ from tests.helpers import (
     parked,
     run_native,
     run_to_a_crash,
+    run_without_ring,
     spin_until,
 )
 from tests.unit.by_hand import pinned
@@ -1282,7 +1283,7 @@ def test_without_a_ring(bench: Bench) -> None:
             with pytest.raises(UnavailableError, match="needs a ring"):
                 await call()
 
-    trio.run(main)
+    run_without_ring(main)
     assert path.read_bytes() == b"x"
     assert names_in(bench.directory) == [path.name]
 

@@ -31,6 +31,7 @@ from tests.helpers import (
     parked,
     run_native,
     run_to_a_crash,
+    run_without_ring,
 )
 from tests.unit.by_hand import no_garbage_collection, pinned
 from trio_uring import UnavailableError, _core, lowlevel, statistics
@@ -249,7 +250,7 @@ def test_without_a_ring() -> None:
             await lowlevel.send_zc(0, b"", released=released)
         assert released.is_set()
 
-    trio.run(main)
+    run_without_ring(main)
 
 
 @BOTH
