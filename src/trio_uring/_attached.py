@@ -294,6 +294,10 @@ class AttachedManager(UringIOManager):
         if self._worker_waits and not self._closed and self.ring.pending():
             self._end_wait()
 
+    def fds(self) -> set[int]:
+        """See `UringIOManager.fds`."""
+        return super().fds() | {self._eventfd}
+
     # The end
 
     def fail(self, cause: BaseException) -> None:

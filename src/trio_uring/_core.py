@@ -77,7 +77,10 @@ _kept_for_ever: list[Operation] = []
 
 # A manager lives until it is closed. As garbage, with a thread that is gone or a host that gave up its guest run, its
 # ring could be finalised first, and then nobody could drain it.
-_open_managers: set[UringIOManager] = set()
+_open_managers: Final[set[UringIOManager]] = set()
+
+at_close: Final[list[Callable[[UringIOManager], object]]] = []
+"""Called, in whichever thread, with each manager that is about to close, before anything is cancelled."""
 
 POLL_IN: Final[Kind[int]] = Kind(
     name="wait_readable",
@@ -308,6 +311,20 @@ def ring_failed(cause: BaseException) -> RingError:
     return error
 
 
+def _seen_from_outside(op: Operation) -> InFlight:
+    return InFlight(
+        operation=op.kind.name,
+        fd=op.fd,
+        task=None if op.task is None else op.task.name,
+        age=max(0.0, monotonic() - op.since),
+        state=op.state.name,
+    )
+
+
+def _size_of_buffer(pin: Any) -> int:
+    return ffi.sizeof(pin) if pin is not None and ffi.typeof(pin).kind == "array" else 0
+
+
 def number_of(fd: int | HasFileno) -> int:
     """The number of an fd, or of an object that has one."""
     return fd if isinstance(fd, int) else fd.fileno()
@@ -449,17 +466,23 @@ class UringIOManager:
             in_flight=sum(op.weight for op in in_flight if op.kind.counted),
             peak=self._counted_slots,  # a slot is made only when none is idle
             waiting_for_slot=len(self._queue),
-            operations=tuple(
-                InFlight(
-                    operation=op.kind.name,
-                    fd=op.fd,
-                    task=None if op.task is None else op.task.name,
-                    age=max(0.0, monotonic() - op.since),
-                    state=op.state.name,
-                )
-                for op in in_flight
-            ),
+            operations=tuple(_seen_from_outside(op) for op in in_flight),
         )
+
+    def unfinished(self) -> list[tuple[InFlight, int]]:
+        """What would be left behind if the run ended now, and the size of the buffer each holds, as far as it has one.
+
+        Readiness polls hold nothing and are let go of at once. A multishot operation is open until its context is left.
+        """
+        return [
+            (_seen_from_outside(op), _size_of_buffer(op.pin))
+            for op in self._operations()
+            if isinstance(op, Shots) or (op.state is not State.IDLE and not op.kind.readiness)
+        ]
+
+    def fds(self) -> set[int]:
+        """Those that it needs itself, as long as it is open."""
+        return {self.ring.fd, self._wakeup.fd, -1 if self._notify_fd is None else self._notify_fd}
 
     def close(self) -> None:
         """Cancels what is in flight, drains the ring to the last CQE, then closes it.
@@ -469,6 +492,8 @@ class UringIOManager:
         """
         if self._closed:
             return
+        for notice in tuple(at_close):
+            notice(self)
         self._closed = True
         _open_managers.discard(self)
         self._queue.clear()

@@ -282,6 +282,11 @@ def install(config: RingConfig | None = None) -> None:
     _add_user(1 if first else 0)
 
 
+def installed() -> RingConfig | None:
+    """What is installed."""
+    return _installed
+
+
 def uninstall() -> None:
     """Undoes `install`: later runs get trio's own I/O manager again. Does nothing if nothing is installed."""
     global _installed

@@ -80,6 +80,9 @@ _LADDER: Final = (
     _BASE | Setup.SUBMIT_ALL,  # 5.18
     _BASE,  # 5.11
 )
+PREFERRED: Final = _LADDER[0]
+"""The set-up flags a ring has where the kernel knows them all."""
+
 # A submission thread excludes every flag about task work.
 _SQPOLL_LADDER: Final = (
     _BASE | Setup.SQPOLL | Setup.SUBMIT_ALL | Setup.SINGLE_ISSUER,

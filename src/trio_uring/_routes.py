@@ -17,6 +17,7 @@ there. That, and a name somebody has kept, does from then on what stood there be
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import threading
@@ -31,7 +32,7 @@ from ._files import open_file
 from ._path import RING_METHODS, ring_or
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from ._ring import RingConfig
 
@@ -111,3 +112,21 @@ def uninstall() -> None:
     _mount.uninstall()
     with _lock:
         _close_routes()
+
+
+@contextlib.contextmanager
+def installed_instead(config: RingConfig | None) -> Iterator[None]:
+    """`install` for a while, or nothing installed if there is no configuration; then again what was before."""
+    before, files = _mount.installed(), bool(routes)
+    try:
+        _set(config, files=False)
+        yield
+    finally:
+        _set(before, files=files)
+
+
+def _set(config: RingConfig | None, *, files: bool) -> None:
+    if config is None:
+        uninstall()
+    else:
+        install(config, files=files)

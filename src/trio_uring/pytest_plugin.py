@@ -1,191 +1,241 @@
-"""A pytest plugin: chooses which tests have a ring, and fails those that leave something behind on it.
+"""pytest: which way the trio runs of a test get to io_uring, and what the test leaves behind.
 
-It works from outside of whatever starts the runs (pytest-trio, anyio's plugin, a test that calls `trio.run`): before a
-test is set up it asks for rings, or switches them off, and after the test is torn down it looks what is left. A test
-that has no `trio_uring` marker, in a session without that ini option, is none of its business.
+``_trio_uring_pytest`` is what pytest knows, with the options and the markers; it comes here when a test asks for
+something. It is of no concern who starts the runs: pytest-trio, anyio's plugin, or the test itself.
+
+The mount is set up before the first fixture of a test and undone after its last tear-down. pytest-trio runs a test and
+its async fixtures in one run, anyio's plugin in one for each test, or in one for as long as an async fixture lives.
+
+What is left behind is seen at two moments:
+
+* **at the end of a run**, when all its tasks have ended and nothing has been cancelled yet: operations that nobody
+  waits for, and the buffers they and the ring hold. Afterwards the run drains its ring, and nothing is to be seen;
+* **after the test's last tear-down**: file descriptors that were not there before its first set-up.
+
+Fixtures with a wider scope than the test may keep what they open. So what appears while one of them is set up is left
+out, and runs that have begun before or there are not looked at.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import gc
 import os
-from typing import TYPE_CHECKING, Any, Final
+import socket
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast, get_args
 
 import pytest
 
-from . import _mount
-from ._abi import Feature, Opcode, Setup
-from ._core import InFlight, UringIOManager
-from ._ring import RingConfig, capabilities, why_not
+from . import _mount, _routes
+from ._abi import Feature, Setup
+from ._core import _open_managers, at_close
+from ._errors import UnavailableError
+from ._ring import PREFERRED, RingConfig, capabilities
 from .lowlevel import MULTISHOT, TABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterable, Iterator
 
-MOUNTS: Final = ("native", "attached", "stock")
-_POLLS: Final = frozenset({"wait_readable", "wait_writable"})  # they carry nothing, and trio's own are among them
-_MARKERS: Final = (
-    "trio_uring(mount, *, leaks=False, **config): the ring of the test's runs; see the documentation of trio_uring.",
-    "trio_uring_needs(*names): skips the test where the kernel lacks one of these operations or features.",
-)
-_STANDARD: Final = 2  # pytest itself moves the standard streams about
+    from ._core import InFlight, UringIOManager
 
+    T = TypeVar("T")
 
-@dataclasses.dataclass
-class _Watch:
-    """What a test that is looked after has had, and has left."""
+__all__ = ["Plugin"]
 
-    fds: dict[int, str]
-    operations: list[InFlight] = dataclasses.field(default_factory=list)
-    buffers: int = 0
+Mount = Literal["native", "attached", "stock"]
+
+_MOUNTS: Final = get_args(Mount)
+_SETUP_FLAGS: Final = [name for name, flag in Setup.__members__.items() if flag in PREFERRED]
 
 
-_watched: Final[list[_Watch]] = []
-"""That of the test under way, if it is looked after."""
+class Plugin:
+    """The hooks around a test.
+
+    Args:
+        config: pytest's.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._default = config.getoption("trio_uring") or config.getini("trio_uring")
+        self._leaks = config.getini("trio_uring_leaks")
+        self._test = contextlib.ExitStack()
+        self._watch: _Watch | None = None
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self) -> Generator[None, T, T]:
+        """Undoes the mount, whatever has ended the test, even Ctrl-C."""
+        with self._test:
+            return (yield)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Mounts, before the first fixture."""
+        markers = list(item.iter_markers("trio_uring"))  # the closest first
+        options: dict[str, Any] = {"mode": "require"}
+        for marker in reversed(markers):
+            options.update(marker.kwargs)
+        leaks = options.pop("leaks", self._leaks)
+        config = RingConfig(**options)
+        mount = self._mount_of(item, markers)
+        if mount is None and markers:
+            pytest.fail("the trio_uring marker names no mount, and neither does an option", pytrace=False)
+        for marker in item.iter_markers("trio_uring_needs"):
+            _skip_without(marker.args, mount)
+        if mount is not None:
+            self._test.enter_context(_mounted(mount, config))
+        if mount in ("native", "attached") and not leaks:
+            self._watch = _Watch()
+            self._test.enter_context(self._watch.over_runs())
+
+    def _mount_of(self, item: pytest.Item, markers: list[pytest.Mark]) -> Mount | None:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        named = [mount for marker in markers for mount in marker.args]
+        mount = parameters.get("trio_uring_mount") or (named or [self._default])[0] or None
+        if mount is not None and mount not in _MOUNTS:
+            pytest.fail(f"trio_uring: a mount is one of {', '.join(_MOUNTS)}, not {mount!r}", pytrace=False)
+        if "trio_uring_mount" in parameters and mount != "stock":
+            _skip_without((), mount)
+        return cast("Mount | None", mount)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, T, T]:
+        """What fixtures of a wider scope open is not the test's."""
+        if self._watch is None or fixturedef.scope == "function":
+            return (yield)
+        with self._watch.looking_away():
+            return (yield)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> None:
+        """A test that has not passed keeps what its traceback names."""
+        if call.excinfo is not None:
+            self._watch = None
+
+    @pytest.hookimpl(wrapper=True, trylast=True)  # inside of what redirects output, as the set-up is
+    def pytest_runtest_teardown(self) -> Generator[None, T, T]:
+        """Looks for what is left, after the last fixture."""
+        try:
+            result = yield
+        finally:
+            watch, self._watch = self._watch, None
+        left = [] if watch is None else watch.left_behind()
+        if left:
+            pytest.fail("left behind by this test: " + "; ".join(left), pytrace=False)
+        return result
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """See the documentation of pytest."""
-    parser.addini(
-        "trio_uring", "native, attached or stock: the mount of tests without a marker of that name", default=""
+@contextlib.contextmanager
+def _mounted(mount: Mount, config: RingConfig) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_routes.installed_instead(config if mount == "native" else None))
+        if mount == "attached":
+            stack.enter_context(_mount.ring_wanted_beside(config))
+        elif mount == "stock":
+            stack.enter_context(pytest.MonkeyPatch.context()).setenv("TRIO_URING", "off")
+        yield
+
+
+# What the kernel must offer
+
+
+def _skip_without(names: Iterable[str], mount: Mount | None) -> None:
+    __tracebackhide__ = True
+    if mount == "stock":
+        pytest.skip("needs a ring, and on stock trio there is none")
+    try:
+        here = capabilities()
+    except UnavailableError as exc:
+        pytest.skip(exc.strerror or str(exc))
+    offered = {*here.operations, *here.features, *here.setup_flags}
+    lacking = sorted(set[str]().union(*(_needed(name) for name in names)) - offered)
+    if lacking:
+        pytest.skip(f"this kernel's io_uring lacks {', '.join(lacking)}")
+
+
+def _needed(name: str) -> set[str]:
+    kind = TABLE.get(name) or MULTISHOT.get(name)
+    if kind is not None:
+        return {opcode.name for opcode in kind.needs}
+    if name in Feature.__members__ or name in _SETUP_FLAGS:
+        return {name}
+    pytest.fail(
+        f"trio_uring_needs: {name!r} is no operation of trio_uring.lowlevel, no feature "
+        f"({', '.join(Feature.__members__)}) and no set-up flag ({', '.join(_SETUP_FLAGS)})",
+        pytrace=False,
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """See the documentation of pytest."""
-    for line in _MARKERS:
-        config.addinivalue_line("markers", line)
+# What is left behind
 
 
-@pytest.fixture(params=MOUNTS)
-def trio_uring_mount(request: pytest.FixtureRequest) -> str:
-    """Runs a test on each mount; the name of the present one."""
-    mount: str = request.param
-    return mount
+class _Watch:
+    """Over one test, from before its first set-up to after its last tear-down."""
 
+    def __init__(self) -> None:
+        self._left: list[str] = []
+        self._fds = _open_fds()
+        self._runs = set(_open_managers)
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """See the documentation of pytest."""
-    mount, leaks, config = _wish_of(item)
-    with contextlib.ExitStack() as stack:
-        if mount in MOUNTS:
-            stack.enter_context(_mounted(mount, config))
-            if not leaks and mount != "stock":
-                stack.enter_context(_looking())
-        return (yield)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """See the documentation of pytest."""
-    mount, _, _ = _wish_of(item)
-    if mount and mount not in MOUNTS:
-        raise pytest.UsageError(f"trio_uring: a mount is one of {', '.join(MOUNTS)}, not {mount!r}")
-    for marker in item.iter_markers("trio_uring_needs"):
-        for name in marker.args:
-            if (reason := _why_not(name)) is not None:
-                pytest.skip(reason)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown() -> Generator[None, None, None]:
-    """See the documentation of pytest."""
-    yield
-    if _watched and (left := _left_by(_watched[-1])):
-        pytest.fail("left behind by this test: " + "; ".join(left), pytrace=False)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
-    """What a fixture of a wider scope opens is not the test's."""
-    if not _watched or fixturedef.scope == "function":
-        return (yield)
-    before = _open_fds()
-    result = yield
-    _watched[-1].fds.update({fd: what for fd, what in _open_fds().items() if before.get(fd) != what})
-    return result
-
-
-def _wish_of(item: pytest.Item) -> tuple[str, bool, dict[str, Any]]:
-    """The mount, or nothing; whether it may leave something behind; what is said of the ring."""
-    marker = item.get_closest_marker("trio_uring")
-    args, config = ((), {}) if marker is None else (marker.args, dict(marker.kwargs))
-    leaks = bool(config.pop("leaks", False))
-    callspec = getattr(item, "callspec", None)
-    mount = callspec.params.get("trio_uring_mount") if callspec is not None else None
-    return mount or (args[0] if args else item.config.getini("trio_uring")), leaks, config
-
-
-@contextlib.contextmanager
-def _mounted(mount: str, config: dict[str, Any]) -> Iterator[None]:
-    if mount == "native":
-        with _mount.ring_wanted(RingConfig(**{"mode": "require", **config})):
-            yield
-    elif mount == "attached":
-        with _mount.ring_wanted_beside(RingConfig(**{"mode": "require", **config})):
-            yield
-    else:
-        before = os.environ.get("TRIO_URING")
-        os.environ["TRIO_URING"] = "off"
+    @contextlib.contextmanager
+    def over_runs(self) -> Iterator[None]:
+        """Looks at what runs leave that end meanwhile."""
+        at_close.append(self._run_ends)
         try:
             yield
         finally:
-            if before is None:
-                del os.environ["TRIO_URING"]
-            else:
-                os.environ["TRIO_URING"] = before
+            at_close.remove(self._run_ends)
+
+    @contextlib.contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """What comes up meanwhile is to stay."""
+        fds, runs = _open_fds(), set(_open_managers)
+        try:
+            yield
+        finally:
+            self._fds.update(_new(_open_fds(), fds))
+            self._runs |= _open_managers - runs
+
+    def left_behind(self) -> list[str]:
+        """A few words for each thing."""
+        if self._new_fds():
+            gc.collect()  # what nobody has a hold of any more, Python complains about by itself
+        return [*self._left, *[f"fd {fd} ({_describe(fd, what)})" for fd, what in self._new_fds().items()]]
+
+    def _new_fds(self) -> dict[int, str]:
+        of_runs = {fd for manager in tuple(_open_managers) for fd in manager.fds()}  # which may end with a fixture
+        return {fd: what for fd, what in _new(_open_fds(), self._fds).items() if fd not in of_runs}
+
+    def _run_ends(self, manager: UringIOManager) -> None:
+        if manager in self._runs:
+            return
+        self._left.extend(_operation_left(operation, pinned) for operation, pinned in manager.unfinished())
+        registered = manager.registered.buffers_in_use
+        if registered:
+            self._left.append(f"{registered} registered buffers")
 
 
-@contextlib.contextmanager
-def _looking() -> Iterator[None]:
-    """At the end of each run: what is still under way, before the ring is drained."""
-    watch, close = _Watch(_open_fds()), UringIOManager.close
-
-    def look_and_close(self: UringIOManager) -> None:
-        if not self.closed:
-            watch.operations += [each for each in self.statistics().operations if each.operation not in _POLLS]
-            watch.buffers += self.registered.buffers_in_use
-        close(self)
-
-    UringIOManager.close = look_and_close  # type: ignore[method-assign]
-    _watched.append(watch)
-    try:
-        yield
-    finally:
-        _watched.remove(watch)
-        UringIOManager.close = close  # type: ignore[method-assign]
-
-
-def _left_by(watch: _Watch) -> list[str]:
-    left = [
-        f"{each.operation} in flight on fd {each.fd}" + (" with its buffer" if each.state == "NOTIFYING" else "")
-        for each in watch.operations
-    ]
-    if watch.buffers:
-        left.append(f"{watch.buffers} registered buffers")
-    return left + [f"fd {fd} ({what})" for fd, what in _open_fds().items() if watch.fds.get(fd) != what]
+def _operation_left(operation: InFlight, pinned: int) -> str:
+    task = f" of task {operation.task!r}" if operation.task else ""
+    buffer = f" with its buffer of {pinned} bytes" if pinned else ""
+    return f"{operation.operation} in flight on fd {operation.fd}{task} ({operation.state}){buffer}"
 
 
 def _open_fds() -> dict[int, str]:
     fds = {}
     for name in os.listdir("/proc/self/fd"):
-        if int(name) <= _STANDARD:
-            continue
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
+        try:
             fds[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the listing's own
+            pass
     return fds
 
 
-def _why_not(name: str) -> str | None:
-    """Why a test that needs an operation or a feature is to be skipped; None if it is not."""
-    kind = TABLE.get(name) or MULTISHOT.get(name)
-    needed = {name.upper()} if kind is None else {opcode.name for opcode in kind.needs}
-    if not needed <= {*Opcode.__members__, *Feature.__members__, *Setup.__members__}:
-        raise pytest.UsageError(f"trio_uring_needs: {name!r} is no operation or feature")
-    if (reason := why_not()) is not None:
-        return reason
-    here = capabilities()
-    lacking = needed.difference(here.operations, here.features, here.setup_flags)
-    return f"this kernel's io_uring lacks {', '.join(sorted(lacking))}" if lacking else None
+def _new(now: dict[int, str], before: dict[int, str]) -> dict[int, str]:
+    return {fd: what for fd, what in now.items() if before.get(fd) != what}
+
+
+def _describe(fd: int, what: str) -> str:
+    if not what.startswith("socket:"):
+        return what
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return f"{what}, {sock!r}".replace(f"fd={sock.fileno()}, ", "")

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 import trio_uring
-from tests.helpers import Attempt, parked
+from tests.helpers import Attempt, manager, parked
 from trio_uring import RingConfig, UnavailableError, UringStatistics, lowlevel, statistics
 
 if TYPE_CHECKING:
@@ -56,6 +56,25 @@ async def test_what_is_in_flight(bench: Bench) -> None:
         assert [op.state for op in statistics().operations if op.operation == "read"] == ["CANCELLING"]
         await attempt.settled()
     assert [op for op in statistics().operations if op.operation == "read"] == []
+
+
+async def test_what_the_end_of_a_run_would_leave_unfinished(bench: Bench) -> None:
+    """Polls are let go of; multishot operations are open as long as their context is."""
+    a, b = bench.sockets()
+    async with trio.open_nursery() as nursery:
+        await parked(nursery, trio.lowlevel.wait_readable, a)
+        await parked(nursery, lowlevel.read, bench.pipe()[0], bytearray(10))
+        async with lowlevel.recv_multishot(b):
+            unfinished = manager().unfinished()
+            assert [(op.operation, pinned) for op, pinned in unfinished] == [("read", 10), ("recv_multishot", 0)]
+        nursery.cancel_scope.cancel()
+    assert manager().unfinished() == []
+
+
+async def test_fds_of_its_own() -> None:
+    await lowlevel.nop()
+    kinds = {os.readlink(f"/proc/self/fd/{fd}") for fd in manager().fds() if fd >= 0}
+    assert kinds == {"anon_inode:[io_uring]", "anon_inode:[eventfd]"}
 
 
 async def test_a_staged_operation_is_shown_as_such(bench: Bench) -> None:
