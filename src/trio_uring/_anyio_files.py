@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
 
+def on_trio() -> bool:
+    """Does anyio run the caller on trio? What trio-asyncio runs is in a task of trio's, but on asyncio."""
+    return anyio.get_cancelled_exc_class() is trio.Cancelled
+
+
 class RingFile(anyio.AsyncFile[Any], anyio.TypedAttributeProvider):
     """anyio's file, around an `AsyncFile` instead of a file object."""
 

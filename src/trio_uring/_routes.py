@@ -44,7 +44,14 @@ routes: Final[list[_Route]] = []
 class _Route:
     """A name of somebody else's that leads here."""
 
-    def __init__(self, owner: Any, name: str, ours: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        ours: Callable[..., Awaitable[Any]],
+        also_wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._also_wanted = also_wanted
         self._owner = owner
         self._name = name
         self._open = True
@@ -58,7 +65,7 @@ class _Route:
             setattr(self._owner, self._name, self._stock)
 
     def _wanted(self) -> bool:
-        return self._open and on_ring()
+        return self._open and on_ring() and self._also_wanted()
 
 
 def _open_routes() -> None:
@@ -69,11 +76,13 @@ def _open_routes() -> None:
         import anyio
     except ImportError:
         return
-    from ._anyio_files import for_anyio, open_for_anyio
+    from ._anyio_files import for_anyio, on_trio, open_for_anyio
 
-    routes.append(_Route(anyio, "open_file", open_for_anyio))
+    routes.append(_Route(anyio, "open_file", open_for_anyio, on_trio))
     routes.extend(
-        _Route(anyio.Path, name, for_anyio(method)) for name, method in RING_METHODS.items() if name in vars(anyio.Path)
+        _Route(anyio.Path, name, for_anyio(method), on_trio)
+        for name, method in RING_METHODS.items()
+        if name in vars(anyio.Path)
     )
 
 

@@ -25,7 +25,7 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.streams.stapled import MultiListener
 from anyio.streams.tls import TLSStream
 
-from ._anyio_files import RingFile, for_anyio, open_for_anyio
+from ._anyio_files import RingFile, for_anyio, on_trio, open_for_anyio
 from ._binary_files import AsyncFile
 from ._mount import ring_at_hand, ring_wanted
 from ._path import RING_METHODS, ring_or
@@ -84,8 +84,8 @@ def run(
         return anyio.run(func, *args, backend="trio", backend_options=backend_options)
 
 
-def _on_trio() -> None:
-    if anyio.get_cancelled_exc_class() is not trio.Cancelled:
+def _need_trio() -> None:
+    if not on_trio():
         raise RuntimeError(
             "trio_uring.anyio needs anyio's trio backend, and this code does not run on it: start it with "
             'trio_uring.anyio.run(...) or anyio.run(..., backend="trio")'
@@ -106,7 +106,7 @@ def _as_anyios(stock: F) -> Callable[[Callable[..., Awaitable[Any]]], F]:
 
 
 async def _over_ours(make: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
-    _on_trio()
+    _need_trio()
     ring_at_hand()
     made = await make(*args, **kwargs)
     _put_on_the_ring(made)
@@ -208,12 +208,12 @@ async def open_file(*args: Any, **kwargs: Any) -> Any:
 
     An open that is cancelled leaves no fd.
     """
-    _on_trio()
+    _need_trio()
     return await open_for_anyio(*args, **kwargs)
 
 
 def _ring_wanted_by_path() -> bool:
-    _on_trio()
+    _need_trio()
     return ring_at_hand()
 
 

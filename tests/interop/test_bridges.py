@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import greenback
@@ -61,6 +63,35 @@ async def test_anyio_in_the_asyncio_of_trio_asyncio(tmp_path: Path) -> None:
     async with trio_asyncio.open_loop():
         run: Any = trio_asyncio.aio_as_trio(refuse)
         await run()
+
+
+ANYIOS_FILES = """\
+import trio_asyncio  # before anyio's backend asks for asyncio's functions: it replaces some
+import anyio
+import trio_uring
+
+async def in_asyncio():
+    async with await anyio.open_file("file", "w") as file:
+        await file.write("con")
+    async with await anyio.Path("file").open("a") as file:
+        await file.write("tent")
+
+async def main():
+    async with trio_asyncio.open_loop():
+        await trio_asyncio.aio_as_trio(in_asyncio)()
+    before = trio_uring.statistics().sqes
+    print(await anyio.Path("file").read_text(), trio_uring.statistics().sqes > before)
+
+trio_uring.install(trio_uring.RingConfig(mode="require"), files=True)
+trio_asyncio.run(main)
+"""
+
+
+def test_anyios_files_in_the_asyncio_of_trio_asyncio(tmp_path: Path) -> None:
+    """There they are anyio's, also if its names lead here."""
+    command = [sys.executable, "-c", ANYIOS_FILES]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=25)
+    assert done.stdout == "content True\n", done.stderr
 
 
 async def test_greenback(tmp_path: Path) -> None:
