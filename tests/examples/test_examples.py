@@ -56,7 +56,14 @@ def blocks() -> dict[str, str]:
     return found
 
 
-BLOCKS = blocks()
+_BLOCKS = blocks()
+INTEROP_BLOCKS = {
+    place: code
+    for place, code in _BLOCKS.items()
+    if re.search(r"^import (hypercorn|httpx|trio_asyncio)", code, re.MULTILINE)
+}
+"""Those that need more packages. They are run with the tests that do."""
+BLOCKS = {place: code for place, code in _BLOCKS.items() if place not in INTEROP_BLOCKS}
 
 
 def test_main_job() -> None:
@@ -293,12 +300,17 @@ def test_pass_fd(tmp_path: Path) -> None:
     assert python("examples/pass_fd.py", *map(str, files)) == expected
 
 
+def run_block(code: str, directory: Path, *options: str) -> None:
+    """As a program, or as tests, with options for Python."""
+    script = directory / "test_block.py"
+    script.write_text(code)
+    pytest_options = ["-m", "pytest", "-p", "no:cacheprovider"] if "import pytest" in code else []
+    python(*options, *pytest_options, str(script))
+
+
 @pytest.mark.parametrize("place", BLOCKS)
 def test_block(place: str, tmp_path: Path) -> None:
-    script = tmp_path / "test_block.py"
-    script.write_text(BLOCKS[place])
-    pytest_options = ["-m", "pytest", "-p", "no:cacheprovider"] if "import pytest" in BLOCKS[place] else []
-    python(*pytest_options, str(script))
+    run_block(BLOCKS[place], tmp_path)
 
 
 def test_blocks_are_found_in_both_formats() -> None:
