@@ -349,6 +349,7 @@ class UringIOManager:
     """
 
     wake = staticmethod(_trio_internals.wake)
+
     native: ClassVar[bool] = True
     """Is it the run's own I/O manager, which hears of all that is closed in the run?"""
 

@@ -9,13 +9,14 @@ kernel, which does it when the socket is ready. What that is worth was measured 
   lone connection, too: the answer to what was just sent is often there before anybody has to sleep.
 * **send** on a stream goes to the kernel at once while there are several connections to serve: one system call submits
   for all of them. For a lone one the plain system call costs less, and comes first.
-* **accept, connect, recv_into** go to the kernel at once.
+* **connect and recv_into** go to the kernel at once; **accept** does when nobody is waiting, and tries first after one
+  that was: a burst is taken without it, and a new connection's first receive is tried likewise.
 * **Datagrams, and messages with ancillary data,** are tried first, as trio does: a datagram socket has room, or has
   something, nearly always when it is used, and a submission needs structures that cost more than the call. The wait,
   if there is one, is the ring's.
 
 Whatever is out of the ordinary (flags, a second task on the same direction, a run without a ring) goes trio's own way,
-which is right in every case: trying first, and waiting on the ring if there is one. So nothing here imitates trio.
+which is right in every case: trying first, and waiting on the ring if there is one.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
   connections, for whatever wraps a socket of the standard library. So does anyio, through trio. A `UringSocket` comes
   from there, unless the caller is in a run without a ring.
 * `trio.SocketStream` stays the class it is; two of its methods are replaced in it. Over a `UringSocket` they do what
-  trio's do with less on the way, and a large buffer is sent by one operation. All other cases are trio's.
+  trio's do with less on the way. All other cases are trio's.
 """
 
 from __future__ import annotations
