@@ -71,6 +71,10 @@ int tu_fill(void *sqes, const void *blank, const char *form, const void *rows, c
 void tu_weave(void *woven, const void *sqes, unsigned n, unsigned steps, unsigned step, unsigned link,
               const int32_t *opened, const int32_t *used);
 
+/* And of slot.c. `dict` is the address of a Python object. */
+
+int tu_add_types(const void *dict);
+
 /* The structs operations own while the kernel uses them. */
 
 typedef int... tu_socklen_t;

@@ -40,17 +40,13 @@ from ._abi import Opcode
 from ._cancel import State
 from ._core import _FIRST_INDEX, UringIOManager, _drain_eventfd, ring_failed
 from ._errors import RingError
-from ._ring import Ring
 from ._shots import Shots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
-
     from trio.lowlevel import Abort, RaiseCancelT, Task
 
     from ._core import HasFileno
-    from ._ring import RingConfig
+    from ._ring import Ring, RingConfig
 
 _QUIET_TICKS: Final = 32
 """After so many without anything under way the hooks are removed; to add them again costs about ten such ticks."""
@@ -58,7 +54,6 @@ _QUIET_TICKS: Final = 32
 _TURN: Final = 0.005
 """Seconds in the ring at a time when no task can watch the eventfd."""
 
-_OPCODE: Final = 0xFF
 _WAIT: Final = frozenset(
     {Opcode.RECV, Opcode.RECVMSG, Opcode.ACCEPT, Opcode.CONNECT, Opcode.POLL_ADD, Opcode.TIMEOUT, Opcode.STATX}
 )
@@ -70,10 +65,6 @@ _WITH_TASK: Final = frozenset({State.STAGED, State.IN_FLIGHT, State.CANCELLING})
 
 def _nothing() -> None:
     """For `trio.lowlevel.TrioToken.run_sync_soon`: ends a wait."""
-
-
-class _Ring(Ring):
-    """One whose methods can be replaced: see `AttachedManager._staging_is`."""
 
 
 class _Ticks(trio.abc.Instrument):
@@ -132,7 +123,7 @@ class AttachedManager(UringIOManager):
         self._wakeful: Task | None = None
         self._quiet = 0
         self._ticks: Final = _Ticks(self)
-        super().__init__(config, _Ring(config) if ring is None else ring)
+        super().__init__(config, ring)
         try:
             self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self.own_ring()
@@ -153,7 +144,7 @@ class AttachedManager(UringIOManager):
     def _hook(self) -> None:
         self._hooked = True
         self._quiet = 0
-        self._staging_is(None)
+        self.ring.noticed = None
         trio.lowlevel.add_instrument(self._ticks)
 
     def _unhook(self) -> None:
@@ -161,26 +152,7 @@ class AttachedManager(UringIOManager):
         self._hooked = False
         self._signal_completions()
         trio.lowlevel.remove_instrument(self._ticks)
-        self._staging_is(self._hook_and_keep_awake)
-
-    def _staging_is(self, noticed: Callable[[int], object] | None) -> None:
-        """``noticed`` is called with the opcode when something is to be staged."""
-        methods = vars(self.ring)
-        if noticed is None:
-            methods.pop("stage", None)
-            methods.pop("stage_job", None)
-            return
-        stage, stage_job = type(self.ring).stage, type(self.ring).stage_job
-
-        def first(head: int, *args: Any) -> int:
-            noticed(head & _OPCODE)
-            return stage(self.ring, head, *args)
-
-        def first_job(*args: Any) -> int:
-            noticed(Opcode.NOP)
-            return stage_job(self.ring, *args)
-
-        methods.update(stage=first, stage_job=first_job)
+        self.ring.noticed = self._hook_and_keep_awake
 
     def _hook_and_keep_awake(self, opcode: int) -> None:
         self._hook()
@@ -189,7 +161,7 @@ class AttachedManager(UringIOManager):
     def _keep_awake(self, opcode: int) -> None:
         """What may complete at once is not to wait for an eventfd."""
         if opcode not in _WAIT and self._wakeful is not None:
-            self._staging_is(None)
+            self.ring.noticed = None
             task, self._wakeful = self._wakeful, None
             trio.lowlevel.reschedule(task)
 
@@ -206,7 +178,7 @@ class AttachedManager(UringIOManager):
                 continue
             self._wakeful = trio.lowlevel.current_task()
             if self._hooked:
-                self._staging_is(self._keep_awake)
+                self.ring.noticed = self._keep_awake
             await trio.lowlevel.wait_task_rescheduled(abort)
 
     def _under_way(self) -> bool:
@@ -328,13 +300,13 @@ class AttachedManager(UringIOManager):
         def refuse(_: int) -> NoReturn:
             raise ring_failed(cause)
 
-        self._staging_is(refuse)
+        self.ring.noticed = refuse
 
     def close(self) -> None:
         """See `UringIOManager.close`."""
         if self._closed:
             return
-        self._staging_is(None)
+        self.ring.noticed = None
         self._wakeful = None
         self._worker_waits = False
         try:

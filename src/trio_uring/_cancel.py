@@ -1,6 +1,7 @@
 """The life of one operation: every state, every transition, the abort function, what a CQE means for a task.
 
-Nothing else in this package decides that. The rules, and why they are so:
+Nothing else in this package decides that. (What is ordinary, a result that nobody has asked to cancel, ``native/slot.c``
+handles as this file would, and leaves it the rest.) The rules, and why they are so:
 
 * **The operation's own last CQE decides, never the cancel's.** A cancel may be acknowledged although the
   operation had sent half its data, or come too late although it looks in time. So the abort function asks the
@@ -31,6 +32,8 @@ import trio
 
 from ._abi import CQE_F_BUFFER, CQE_F_MORE, CQE_F_NOTIF, Opcode
 from ._errors import ERESTARTS, INTERRUPTED, RingError, os_error
+from ._ring import ffi
+from ._slots import Slot, introduce
 from ._trio_internals import make_trap
 
 if TYPE_CHECKING:
@@ -118,13 +121,12 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
     },
 }
 
-# A hot transition as an array; None where the table has no such transition.
+# A hot transition as an array; None where the table has no such transition. The hottest are in native/slot.c.
 _AFTER_LAST_CQE: Final = tuple(TRANSITIONS[state].get(Event.LAST_CQE) for state in State)
 
 _CANCELLED: Final = (State.CANCELLING, State.DETACHED)
 _IDLE: Final = State.IDLE
 _IN_FLIGHT: Final = State.IN_FLIGHT
-_SETTLED: Final = State.SETTLED
 
 
 T = TypeVar("T")
@@ -175,7 +177,7 @@ class Kind(Generic[T]):
         flags: the SQE's ``IOSQE_*`` flags.
         ioprio: the SQE's ioprio field, which several opcodes use for flags of their own.
         head: the SQE's first four bytes, made of these.
-        ordinary: True if there is nothing to be done when it is staged.
+        ordinary: True if there is nothing to be done when it is staged, nor when the kernel is done with its memory.
         keeps: True if what the operation keeps is needed after its last CQE.
         needs: the opcodes without which it does not work.
     """
@@ -214,7 +216,7 @@ class Kind(Generic[T]):
         if self.result == "nothing" and self.decode is None:
             object.__setattr__(self, "decode", nothing)
         object.__setattr__(self, "head", self.opcode | self.flags << 8 | self.ioprio << 16)
-        object.__setattr__(self, "ordinary", self.second_fd is None and self.staged is None)
+        object.__setattr__(self, "ordinary", self.second_fd is None and self.staged is None and self.released is None)
         object.__setattr__(self, "keeps", self.decode is not None or self.dispose is not None)
         needs = {self.opcode} if self.proxy is None else {self.opcode, self.proxy}
         object.__setattr__(self, "needs", frozenset(needs))
@@ -281,33 +283,23 @@ def _raise_cancelled_by_fd() -> NoReturn:
     raise os_error(-errno.ECANCELED)
 
 
-class Operation:
+class Operation(Slot):
     """A slot for one operation at a time, reused for the next.
 
     It belongs to the coroutine that staged it from `begin` until the coroutine picks the result up. A task that is let
     go earlier is sent an `outcome.Error` instead of a number, and the operation is none of its business any more.
     """
 
-    __slots__ = (
-        "_state",
-        "fd",
-        "flags",
-        "home",
-        "interrupt",
-        "keep",
-        "kind",
-        "number",
-        "owner",
-        "pin",
-        "res",
-        "siblings",
-        "since",
-        "stand_in",
-        "task",
-        "token",
-        "trap",
-        "waiters",
-    )
+    __slots__ = ()
+
+    owner: Owner
+    _state: State
+    task: Task | None
+    kind: Kind[Any]
+    fd: int
+    siblings: set[Operation]
+    since: float
+    interrupt: Callable[[], NoReturn] | None
 
     def __init__(
         self, index: int, owner: Owner, home: list[Operation], waiters: Collection[Task], trap: Any = None
@@ -319,17 +311,11 @@ class Operation:
         self.trap: Any = make_trap(self.abort) if trap is None else trap
         self.stand_in: Operation | None = None
         self._state = _IDLE
-        self.task: Task | None = None
-        self.kind: Kind[Any]
         self.fd = -1
         self.pin: Any = None
         self.keep: Any = None
-        self.siblings: set[Operation]
-        self.number = 0
-        self.since = 0.0
         self.res = 0
         self.flags = 0
-        self.interrupt: Callable[[], NoReturn] | None = None
 
     @property
     def state(self) -> State:
@@ -352,6 +338,35 @@ class Operation:
         self._state = _IN_FLIGHT  # or STAGED, as the ring has it
         self.token = token = self.token + _GENERATION
         return token
+
+    def start_in_python(
+        self,
+        queue: SubmissionQueue,
+        kind: Kind[Any],
+        task: Task,
+        siblings: set[Operation],
+        since: float,
+        fd: int,
+        fields: tuple[int, int, int, int, int],
+        pin: Any = None,
+        keep: Any = None,
+        extra: tuple[int, int, int, int] | None = None,
+    ) -> None:
+        """`start`, whatever the values: it raises the errors for them. ``fields`` begin with the fd of the SQE."""
+        self.task = task
+        self.kind = kind
+        self.ordinary = kind.ordinary
+        self.fd = fd
+        self.siblings = siblings
+        self.since = since
+        self.pin = pin = ffi.from_buffer(pin) if isinstance(pin, bytes) else pin
+        self.keep = keep
+        try:
+            self.number = queue.stage(kind.head, *fields, self.begin(), pin, extra)
+        except BaseException:
+            pin = keep = None  # a traceback keeps this frame
+            raise
+        siblings.add(self)
 
     def not_staged(self) -> None:
         """Its SQE could not be filled: back to IDLE."""
@@ -555,14 +570,10 @@ class Operation:
         self.pick_up()
         return res if decode is None else decode(res, keep)
 
-    def pick_up(self) -> None:
-        """The task runs again and has the result."""
-        if self._state is _SETTLED:
-            self._state = _IDLE
-            self._let_go()
-        else:
-            self._move(Event.PICK_UP)  # the kernel still reads the buffer
-            self.task = None
+    def _pick_up_late(self) -> None:
+        """`pick_up` while the kernel still reads the buffer."""
+        self._move(Event.PICK_UP)
+        self.task = None
 
     def judge(self, res: int, filename: object) -> Retry:
         """Picks up a negative result and says what it means for the task.
@@ -576,7 +587,7 @@ class Operation:
         retry = None
         if self._is_to_be_retried(res):
             retry = Retry(self.kind.wait_for if res == -errno.EAGAIN else 0, self.pin, self.keep)
-            if self._state is _SETTLED:  # otherwise the notification does it
+            if self._state is State.SETTLED:  # otherwise the notification does it
                 self._tell_released()
         self.pick_up()
         if retry is not None:
@@ -588,6 +599,16 @@ class Operation:
         finally:
             del interrupt  # it refers to the task, whose frames refer to this one
 
+    def _not_received(self, res: int) -> None:
+        """`judge`, where the caller has another way to go on. It has, too, when all provided buffers are in use."""
+        if res == -errno.ENOBUFS:
+            self.pick_up()
+        else:
+            self.judge(res, None)
+
     def __repr__(self) -> str:
         name = self.kind.name if hasattr(self, "kind") else "-"
         return f"<Operation {self.token:#x} {name} fd={self.fd} {self.state.name}>"
+
+
+introduce(Operation, State.IDLE, State.IN_FLIGHT, State.SETTLED)

@@ -4,7 +4,7 @@ The data path of ``await recv(fd, buffer)``: the coroutine calls `UringIOManager
 `Operation`, stages an SQE that carries its token, and parks the task on the operation's prebuilt trap. At the end of
 the scheduler's tick trio calls `get_events`: one call into C submits everything that was staged, waits, and brings
 the CQEs back as one list. `process_events` finds each operation by its token and lets it decide (`_cancel`). The
-task runs again with the bare result.
+task runs again with the bare result. What is the same for every operation on this way is done in C (`_slots`).
 
 Who owns what: the manager owns the ring, the slots and the two eventfds; an operation owns the memory the kernel
 uses; the coroutine owns the operation from `perform`'s start until it picks the result up.
@@ -43,13 +43,14 @@ import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
 from . import _trio_internals
-from ._abi import CQE_F_BUFFER, Opcode
+from ._abi import Opcode
 from ._cancel import INDEX_BITS, INDEX_MASK, Kind, Operation, State, closed_error
 from ._errors import RingError, UnavailableError, unsupported
 from ._job import Job
 from ._registered import Registered
 from ._ring import Ring, RingConfig, ffi, lib
 from ._shots import Shots
+from ._slots import complete_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterator, Sequence
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
     from ._ring import BufferRing, SubmissionQueue
     from ._shots import Receiver
+    from ._slots import Received
 
 T = TypeVar("T")
 
@@ -322,6 +324,8 @@ def _seen_from_outside(op: Operation) -> InFlight:
 
 
 def _size_of_buffer(pin: Any) -> int:
+    if isinstance(pin, bytes):
+        return len(pin)
     return ffi.sizeof(pin) if pin is not None and ffi.typeof(pin).kind == "array" else 0
 
 
@@ -405,12 +409,10 @@ class UringIOManager:
         self._lone = len(events) <= _ONE_CQE
         if not events:
             return
-        slots = self._slots
         # Kept, so that the drain sees the rest if one of them fails. From the start: a host may give up its guest run
         # between `get_events` and this.
         rest = self._unprocessed = iter(events)
-        for token, res, flags in zip(rest, rest, rest):  # noqa: B905
-            slots[token & INDEX_MASK].complete(token, res, flags)
+        complete_all(self._slots, rest, self.wake)
         if self._notices.missed:
             self._notices.ask_again()
         if self._notify_wanted:
@@ -587,7 +589,8 @@ class UringIOManager:
         Args:
             kind: the row of the operation table.
             fd, off, length, op_flags, addr, extra: the SQE's fields. ``length`` -1 is "all of ``pin``".
-            pin: a cffi buffer or struct whose address goes into ``addr``; the operation owns it until its last CQE.
+            pin: a cffi buffer or struct, or bytes, whose address goes into ``addr``; the operation owns it until its
+                last CQE.
             keep: whatever else the kernel reads or writes; owned likewise.
             filename: for the OSError.
             via: the fd for the SQE, if it is not ``fd`` itself.
@@ -623,52 +626,35 @@ class UringIOManager:
                     except trio.BusyResourceError:
                         operation.not_staged()
                         raise
-                operation.task = task
-                operation.kind = kind
-                operation.fd = fd
-                operation.pin = pin
-                operation.keep = keep
-                operation.since = self._now or self._look_at_the_clock()
-                operation.siblings = siblings
                 if length < 0:
-                    length = len(pin)
-                    if length > MAX_RW_COUNT:
-                        length = MAX_RW_COUNT
+                    length = min(len(pin), MAX_RW_COUNT)
+                since = self._now or self._look_at_the_clock()
+                sqe_fd = fd if via is None else via
+                ring = self.ring
                 try:
-                    operation.number = self.ring.stage(
-                        kind.head,
-                        fd if via is None else via,
-                        off,
-                        addr,
-                        length,
-                        op_flags,
-                        operation.begin(),
-                        pin,
-                        extra,
-                    )
+                    waiting = None
+                    if extra is None:
+                        waiting = operation.start(
+                            ring, kind, task, siblings, since, fd, sqe_fd, off, addr, length, op_flags, pin, keep
+                        )
+                    if waiting is None:
+                        fields = sqe_fd, off, addr, length, op_flags
+                        operation.start_in_python(ring, kind, task, siblings, since, fd, fields, pin, keep, extra)
+                        waiting = operation.wait(None)
                 except BaseException:
                     operation.not_staged()
                     raise
-                siblings.add(operation)
                 if not kind.ordinary:
                     if kind.second_fd is not None:
                         self._register_second_fd(operation, kind.second_fd_of(off, length, extra))
                     if kind.staged is not None:
                         kind.staged(keep)
                 pin = keep = None  # from here on the operation owns them
-
-                try:
-                    res = yield operation.trap
-                except BaseException:  # the coroutine is being closed: its run was torn down
-                    if operation.task is task:
-                        operation.abandon()
-                    raise
-                if type(res) is not int:
-                    res = res.unwrap()
+                res = yield from waiting
                 if res >= 0:
                     if kind.decode is None:
                         operation.pick_up()
-                        return res  # type: ignore[no-any-return]
+                        return res  # type: ignore[return-value]
                     return operation.take_result(res)  # type: ignore[no-any-return]
                 if res in kind.success:
                     if fd >= 0 and self._by_fd.get(fd) is not siblings:  # what it means may be asked of the fd
@@ -692,8 +678,7 @@ class UringIOManager:
         return lone
 
     @enable_ki_protection
-    @types.coroutine
-    def receive(self, kind: Kind[Any], fd: int, size: int) -> Generator[Any, Any, bytes | None]:
+    def receive(self, kind: Kind[Any], fd: int, size: int) -> Received | None:
         """`perform` for a receive from a stream that takes one of the ring's own buffers when there is data. So one
         that waits holds no memory. With what it does not need left out: this is the hottest path of a server.
 
@@ -703,8 +688,9 @@ class UringIOManager:
             size: how many bytes at most.
 
         Returns:
-            what was received, ``b""`` at the end of the stream; None if it has to be done another way: another task
-            is receiving, all buffers are in use, or the kernel has no such thing.
+            what to await, at once: it is under way. The result is what was received, ``b""`` at the end of the stream.
+            None, of this call or as the result, if it has to be done another way: another task is receiving, all
+            buffers are in use, or the kernel has no such thing.
         """
         if self._missing and not self._missing.isdisjoint(kind.needs):
             return None
@@ -717,45 +703,22 @@ class UringIOManager:
         siblings = self._by_fd.get(fd)
         if siblings is None:
             siblings = self._by_fd[fd] = set()
+        for other in siblings:
+            if other.occupies("read", fd):
+                return None
         pool = self._idle_uncounted
-        while True:
-            for other in siblings:
-                if other.occupies("read", fd):
-                    return None
-            operation = pool.pop() if pool else self._new_slot(pool, ())
-            operation.task = task = current_task()
-            operation.kind = kind
-            operation.fd = fd
-            operation.since = self._now or self._look_at_the_clock()
-            operation.siblings = siblings
-            try:
-                operation.number = self.ring.stage(kind.head, fd, 0, 0, size, 0, operation.begin())
-            except BaseException:
-                operation.not_staged()
-                raise
-            siblings.add(operation)
-            try:
-                res = yield operation.trap
-            except BaseException:  # the coroutine is being closed: its run was torn down
-                if operation.task is task:
-                    operation.abandon()
-                raise
-            try:
-                if type(res) is not int:
-                    res = res.unwrap()
-                flags = operation.flags
-                data = buffers.copy(flags, max(res, 0)) if flags & CQE_F_BUFFER else b""
-                if res >= 0:
-                    operation.pick_up()
-                    return data
-                if res == -errno.ENOBUFS:
-                    operation.pick_up()
-                    return None
-                operation.judge(res, None)
-                self._check_still_open(fd, siblings)
-            except BaseException:
-                res = None  # a traceback keeps this frame
-                raise
+        operation = pool.pop() if pool else self._new_slot(pool, ())
+        task, since = current_task(), self._now or self._look_at_the_clock()
+        try:
+            waiting = operation.receive(self.ring, kind, task, siblings, since, fd, size, buffers)
+            if waiting is None:
+                fields = fd, 0, 0, size, 0
+                operation.start_in_python(self.ring, kind, task, siblings, since, fd, fields)
+                waiting = operation.wait(buffers)
+        except BaseException:
+            operation.not_staged()
+            raise
+        return waiting
 
     @property
     def closed(self) -> bool:
@@ -917,7 +880,7 @@ class UringIOManager:
     def is_busy(self, direction: str, fd: int) -> bool:
         """Does a task use this direction of the fd?"""
         siblings = self._by_fd.get(fd)
-        return siblings is not None and any(other.occupies(direction, fd) for other in siblings)
+        return any(other.occupies(direction, fd) for other in siblings) if siblings else False
 
     def siblings_of(self, fd: int) -> set[Operation]:
         """The operations on an fd."""

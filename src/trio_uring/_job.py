@@ -255,7 +255,7 @@ class Job(Operation):
         if self.state is State.STAGED:
             ring = self.owner.ring
             for position, field in fields:
-                ring.set_field(self.number - ring.base + position, field, -1)
+                ring.set_field(self.number + position, field, -1)
         else:
             self._ask_for(position for position, _ in fields)
 

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from . import _native
 from ._abi import CQE_BUFFER_SHIFT, CQE_F_BUF_MORE, PBUF_RING_INC, Feature, Opcode, Setup
 from ._errors import RingError, UnavailableError, unavailable
+from ._slots import Buffers, Queue
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -59,11 +60,11 @@ _FIELDS: Final = {
     "length": (_INT, 24),
     "file_index": (_INT, SQE_FILE_INDEX_AT),
 }
+_OPCODE: Final = 0xFF  # of the first four bytes
 SQE_ADDR_AT: Final = 2  # the addr field, in units of 8 bytes
 
 _fill_buffer: Final = struct.Struct("<QIH").pack_into  # not the last field: in the first entry it is the ring's tail
 _BUFFER_SIZE: Final = 16
-_COPIED_SHIFT: Final = 4  # a sixteenth of the buffers may be ours, so that there are some to give back at once
 
 _NEUTRALISED: Final = lib.TU_NEUTRALISED
 _tick: Final = lib.tu_tick
@@ -272,7 +273,7 @@ def does_not_fit(exc: struct.error, values: Iterable[object]) -> OverflowError |
     return error(f"an argument does not fit the submission queue entry: {exc}")
 
 
-class SubmissionQueue(SQEs):
+class SubmissionQueue(Queue):
     """SQEs staged in memory of ours, numbered from 0 in the order in which they are staged.
 
     ``base`` is the number of the first entry the kernel has not been given, ``tail`` the number of the next to be
@@ -280,18 +281,18 @@ class SubmissionQueue(SQEs):
     this part.
     """
 
-    __slots__ = ("_bytes", "_capacity", "_pointers", "base", "rescued", "tail")
+    __slots__ = ("_bytes", "_memory", "_sqes", "rescued")
 
     def __init__(self, capacity: int = 512) -> None:
         self._allocate(capacity)
-        self.base = 0
-        self.tail = 0
         self.rescued: list[int] = []
 
     def _allocate(self, capacity: int) -> None:
-        super().__init__(capacity)
-        self._capacity = capacity
-        self._bytes, self._pointers = self.views()
+        self._sqes = SQEs(capacity)
+        self._memory = self._sqes.memory
+        self._bytes, self.pointers = self._sqes.views()
+        self.address = int(ffi.cast("uintptr_t", self._memory))
+        self.capacity = capacity
 
     def stage(
         self,
@@ -318,7 +319,9 @@ class SubmissionQueue(SQEs):
             OverflowError: a value does not fit its field. Nothing is staged.
             TypeError: a value is not an integer. Nothing is staged.
         """
-        if self.tail - self.base == self._capacity:
+        if self.noticed is not None:
+            self.noticed(head & _OPCODE)
+        if self.tail - self.base == self.capacity:
             self._grow()
         # The entry is ours before it is filled: whatever runs in between (a finaliser) stages behind it.
         number = self.tail
@@ -329,7 +332,7 @@ class SubmissionQueue(SQEs):
             if extra is not None:
                 pack_sqe_extra(self._bytes, (index << 6) + SQE_EXTRA_AT, *extra)
             if pin is not None:
-                self._pointers[(index << 3) + SQE_ADDR_AT] = pin
+                self.pointers[(index << 3) + SQE_ADDR_AT] = pin
         except struct.error as exc:
             self.neutralise(number)
             pin = None  # a traceback keeps this frame
@@ -346,12 +349,18 @@ class SubmissionQueue(SQEs):
             entries: cffi memory with the SQEs. It is copied.
             n, token: see `Job`.
         """
-        while self.tail - self.base + n > self._capacity:
+        if self.noticed is not None:
+            self.noticed(Opcode.NOP)
+        while self.tail - self.base + n > self.capacity:
             self._grow()
         number = self.tail
         self.tail = number + n
         lib.tu_stage_job(self._memory + SQE_SIZE * (number - self.base), entries, n, token)
         return number
+
+    def set_field(self, number: int, field: Literal["fd", "off", "length", "file_index"], value: int) -> None:
+        """Changes a field of a staged entry."""
+        self._sqes.set_field(number - self.base, field, value)
 
     def is_staged(self, number: int) -> bool:
         """True while the kernel does not know of this entry."""
@@ -370,8 +379,8 @@ class SubmissionQueue(SQEs):
         return self.tail - self.base
 
     def _grow(self) -> None:
-        old, used = self._memory, SQE_SIZE * self._capacity
-        self._allocate(2 * self._capacity)
+        old, used = self._memory, SQE_SIZE * self.capacity
+        self._allocate(2 * self.capacity)
         ffi.memmove(self._memory, old, used)
 
     def _consumed(self, n: int) -> None:
@@ -619,11 +628,11 @@ class Ring(SubmissionQueue):
         raise OSError(-res, f"io_uring: {os.strerror(-res)}")
 
 
-class BufferRing:
+class BufferRing(Buffers):
     """Buffers the kernel takes from when data is there, instead of one for each receive that waits.
 
-    The kernel tells which buffer it has filled by number; `take` is that data. A buffer goes back with `give_back`.
-    With incremental consumption one buffer serves several receives, until it is full.
+    The kernel tells which buffer it has filled by number; `take` is that data, and the buffer goes back with
+    `give_back`. `copy` does both. With incremental consumption one buffer serves several receives, until it is full.
 
     Args:
         ring: the ring whose receives use it, or a simulated one.
@@ -647,10 +656,8 @@ class BufferRing:
         self._memory = mmap.mmap(-1, count * size)
         self._entries_pin = ffi.from_buffer("struct tu_buffer[]", self._entries)
         self._memory_pin = ffi.from_buffer(self._memory)
-        self._address = int(ffi.cast("uintptr_t", self._memory_pin))
-        self._tail = 0
+        self.entries, self.memory = (int(ffi.cast("uintptr_t", pin)) for pin in (self._entries_pin, self._memory_pin))
         self._used = [0] * count
-        self._copied: list[int] = []
         self.view = memoryview(self._memory)
         try:
             ring.register_buffer_ring(self._entries_pin, count, group, PBUF_RING_INC if incremental else 0)
@@ -677,28 +684,14 @@ class BufferRing:
         self.out += 1
         return buffer, start, True
 
-    def copy(self, flags: int, length: int) -> bytes:
-        """A copy of what a CQE with ``flags`` has received; the buffer goes back, together with others. For buffers
-        that are not consumed incrementally.
-        """
-        buffer = flags >> CQE_BUFFER_SHIFT
-        start = buffer * self.size
-        data = self._memory[start : start + length]
-        self.out += 1
-        self._copied.append(buffer)
-        if len(self._copied) >= self.count >> _COPIED_SHIFT:
-            self.give_back(self._copied)
-            self._copied.clear()
-        return data
-
     def give_back(self, buffers: Collection[int]) -> None:
         """The kernel may use them again."""
         mask = self.count - 1
-        for tail, buffer in enumerate(buffers, self._tail):
+        for tail, buffer in enumerate(buffers, self.tail):
             at = (tail & mask) * _BUFFER_SIZE
-            _fill_buffer(self._entries, at, self._address + buffer * self.size, self.size, buffer)
+            _fill_buffer(self._entries, at, self.memory + buffer * self.size, self.size, buffer)
         lib.tu_provide(self._entries_pin, len(buffers))
-        self._tail += len(buffers)
+        self.tail += len(buffers)
         self.out -= len(buffers)
 
     def close(self) -> None:

@@ -52,13 +52,18 @@ WHAT_FITS: Final = int(stdlib_socket.MSG_DONTWAIT)
 """For a send: the wait for room is ours. The kernel's own ends for a peer that has half-closed, too, at once, and after
 some tries it has a worker thread wait: a few hundred such peers would take them all."""
 
-_KNOWN_FAMILIES: Final = frozenset({stdlib_socket.AF_INET, stdlib_socket.AF_INET6, stdlib_socket.AF_UNIX})
+_KNOWN_FAMILIES: Final = frozenset(map(int, (stdlib_socket.AF_INET, stdlib_socket.AF_INET6, stdlib_socket.AF_UNIX)))
 """Those whose addresses we show as the standard library does."""
 
-_ACCEPT_FLAGS: Final = stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC
+_STREAM: Final = int(stdlib_socket.SOCK_STREAM)
+_ACCEPT_FLAGS: Final = int(stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC)
 
 PLAIN: Final = frozenset({bytes, bytearray})
 """Types of buffers about which there is nothing to ask."""
+
+# As numbers: the properties of `socket.socket` make enums of them, which takes longer than receiving a message.
+_family: Final[Callable[[stdlib_socket.socket], int]] = stdlib_socket.SocketType.family.__get__
+_type: Final[Callable[[stdlib_socket.socket], int]] = stdlib_socket.SocketType.type.__get__
 
 _NO_NUMBER: Final = 0
 """What flags and counts are if nobody gives any. Looked for by identity: None and "" are as false, but errors."""
@@ -130,7 +135,7 @@ class UringSocket(SocketBase):
 
     def __init__(self, sock: stdlib_socket.socket) -> None:
         super().__init__(sock)
-        self.streams: Final = sock.type == stdlib_socket.SOCK_STREAM
+        self.streams: Final = _type(sock) == _STREAM
         self.more = False  # is there something to receive, most likely?
 
     def dup(self) -> UringSocket:
@@ -172,7 +177,7 @@ class UringSocket(SocketBase):
         if (
             self.more
             or not manager.carries_sockets
-            or sock.family not in _KNOWN_FAMILIES
+            or _family(sock) not in _KNOWN_FAMILIES
             or manager.is_busy("read", fd)
         ):
             self.more = False
@@ -182,7 +187,7 @@ class UringSocket(SocketBase):
             fd, address = await manager.perform(
                 _ACCEPT_UNCOUNTED, fd, address_of(size), storage, 0, _ACCEPT_FLAGS, keep
             )
-            new = stdlib_socket.socket(sock.family, sock.type, sock.proto, fd)
+            new = stdlib_socket.socket(_family(sock), _type(sock), sock.proto, fd)
         self.more = True
         accepted = UringSocket(new)
         accepted.more = True
@@ -195,7 +200,7 @@ class UringSocket(SocketBase):
         A connect that is cancelled closes the socket, as with trio: what has become of the connection is not known.
         """
         manager, sock = _this_thread.manager, self._sock
-        ordinary = manager.carries_sockets and CAN_RESOLVE and self.streams and sock.family in _KNOWN_FAMILIES
+        ordinary = manager.carries_sockets and CAN_RESOLVE and self.streams and _family(sock) in _KNOWN_FAMILIES
         if not ordinary or manager.is_busy("write", sock.fileno()):
             await super().connect(address)
             return
@@ -241,7 +246,8 @@ class UringSocket(SocketBase):
         if manager.carries_sockets and flags is _NO_NUMBER and self.may_select(buflen):
             if (self.more or manager.is_lone()) and (received := await self.receive_now(buflen)) is not None:
                 return received
-            received = await manager.receive(RECV_SELECTING, self._sock.fileno(), buflen)
+            waiting = manager.receive(RECV_SELECTING, self._sock.fileno(), buflen)
+            received = None if waiting is None else await waiting
             if received is not None:
                 self.more = len(received) == STREAM_BUFFER_SIZE
                 return received

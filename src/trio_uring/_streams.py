@@ -49,7 +49,8 @@ async def _receive_some(self: trio.SocketStream, max_bytes: int | None = None) -
         try:
             if (socket.more or manager.is_lone()) and (received := await socket.receive_now(max_bytes)) is not None:
                 return received
-            received = await manager.receive(RECV_SELECTING, socket._sock.fileno(), max_bytes)
+            waiting = manager.receive(RECV_SELECTING, socket._sock.fileno(), max_bytes)
+            received = None if waiting is None else await waiting
         except OSError as exc:
             raise _stream_error(exc) from exc
         if received is not None:
@@ -66,21 +67,27 @@ async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryvie
     if type(socket) is not UringSocket or not manager.carries_sockets or type(data) not in PLAIN or not data:
         await _stock_send_all(self, data)
         return
-    fd = socket.fileno()
+    fd = socket._sock.fileno()
     if socket.did_shutdown_SHUT_WR or manager.is_busy("write", fd):
         await _stock_send_all(self, data)
         return
-    with _trio_internals.sending(self), memoryview(data) as whole:  # of one size until all is sent
+    with _trio_internals.sending(self):
+        whole = data if type(data) is bytes else memoryview(data)  # of one size until all is sent
         try:
             if manager.is_lone():
                 sent = await socket.send_now(data)
             else:
-                sent = await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, data), -1, WHAT_FITS)
+                pin = data if whole is data else from_buffer(CHARS, data)
+                sent = await manager.perform(SEND_UNCOUNTED, fd, 0, pin, -1, WHAT_FITS)
             while sent < len(whole):  # asks for the fd again: after a close, the number may be another's
-                fd = socket.fileno()
-                sent += await manager.perform(SEND_UNCOUNTED, fd, 0, from_buffer(CHARS, whole[sent:]), -1, WHAT_FITS)
+                fd = socket._sock.fileno()
+                rest = from_buffer(CHARS, memoryview(whole)[sent:])
+                sent += await manager.perform(SEND_UNCOUNTED, fd, 0, rest, -1, WHAT_FITS)
         except OSError as exc:
             raise _stream_error(exc) from exc
+        finally:
+            if isinstance(whole, memoryview):
+                whole.release()
 
 
 class _AlsoOurs(type):

@@ -35,6 +35,7 @@ from tests.helpers import (
 )
 from trio_uring import RingConfig, RingError, UnavailableError, UringStatistics, _core, lowlevel, statistics
 from trio_uring._attached import _QUIET_TICKS, AttachedManager
+from trio_uring._ring import Ring
 from trio_uring.lowlevel import BufferPool, Mailbox
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def test_where_there_can_be_none(file: Path, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(config: RingConfig) -> None:
         raise UnavailableError(errno.EPERM, "somebody forbids it")
 
-    monkeypatch.setattr("trio_uring._attached._Ring", refuse)
+    monkeypatch.setattr("trio_uring._core.Ring", refuse)
 
     async def main() -> None:
         with pytest.raises(UnavailableError, match=r"nop needs a ring, .* can have none: somebody forbids it"):
@@ -377,27 +378,26 @@ FAIL_IN = {"tick": ("ring", "tick"), "process": ("manager", "process_events"), "
 def fail(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     """Makes the next thing a hook does fail."""
     where, name = FAIL_IN[request.param]
-    broken: list[tuple[Any, str]] = []
+    owner: Any = AttachedManager if where == "manager" else Ring
+    patch = pytest.MonkeyPatch()
+    broken = False
 
     def start() -> None:
-        current = manager()
-        owner: Any = current if where == "manager" else current.ring
-
-        def raise_failure(*_: object) -> None:
-            mend()
-            raise Failure
-
-        def mend() -> None:
-            vars(owner).pop(name, None)
-
-        setattr(owner, name, raise_failure)
+        nonlocal broken
+        patch.setattr(owner, name, raise_failure)
         if where == "manager":
-            current.force_wakeup()  # something to process
-        broken.append((owner, name))
+            manager().force_wakeup()  # something to process
+        broken = True
+
+    def raise_failure(self: object, *_: object) -> None:
+        nonlocal broken
+        patch.undo()
+        broken = False
+        raise Failure
 
     yield start
-    for owner, name in broken:
-        assert name not in vars(owner), "the hook has not come by"
+    patch.undo()
+    assert not broken, "the hook has not come by"
 
 
 async def _iterate(multishot: Any) -> None:
@@ -529,10 +529,10 @@ def test_a_ring_that_is_gone(mount: Mount, bench: Bench, monkeypatch: pytest.Mon
         async with trio.open_nursery() as nursery:
             attempt = await parked(nursery, lowlevel.read, read_end, buffer)
 
-            def tick(timeout: float) -> list[int]:
+            def tick(self: Ring, timeout: float) -> list[int]:
                 raise RingError("the kernel dropped a completion")
 
-            monkeypatch.setattr(manager().ring, "tick", tick, raising=False)
+            monkeypatch.setattr(Ring, "tick", tick)
             with pytest.raises(RingError, match="dropped a completion"):
                 await attempt.result()
 

@@ -16,6 +16,7 @@ SOURCE: Final = Path(trio_uring.__file__).parent
 # From the bottom up. A module imports from the layers below its own, never from its own or above.
 LAYERS: Final = (
     {"_abi", "_errors", "_native", "_trio_internals", "_sockaddr", "_page_cache"},
+    {"_slots"},
     {"_ring", "_structs"},
     {"_cancel"},
     {"_job", "_shots", "_registered"},
@@ -44,7 +45,7 @@ LAYER: Final = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 ONLY: Final = {
     "_errors": set[str](),
     "_trio_internals": set[str](),
-    "_ring": {"_abi", "_errors", "_native"},
+    "_ring": {"_abi", "_errors", "_native", "_slots"},
     "testing": {"_abi", "_errors", "_ring"},
 }
 
