@@ -332,6 +332,21 @@ def spin_until(condition: Callable[[], object]) -> None:
         give_way()
 
 
+def drop_from_cache(fd: int) -> None:
+    """Has the page cache forget a file. It may put that off: a core keeps the pages it touched last for a while."""
+
+    def is_gone() -> bool:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return True
+        return False
+
+    spin_until(is_gone)
+
+
 class Crash(Exception):
     """What `crash` crashes the scheduler with."""
 

@@ -1,6 +1,6 @@
 """The life of one operation: every state, every transition, the abort function, what a CQE means for a task.
 
-Nothing else in this package decides that. (What is ordinary, a result that nobody has asked to cancel, ``native/slot.c``
+Nothing else in this package decides that. (The ordinary, a result that nobody has asked to cancel, ``native/slot.c``
 handles as this file would, and leaves it the rest.) The rules, and why they are so:
 
 * **The operation's own last CQE decides, never the cancel's.** A cancel may be acknowledged although the

@@ -29,6 +29,7 @@ from tests import libc
 from tests.helpers import (
     Attempt,
     drain,
+    drop_from_cache,
     in_kernel_worker,
     interrupted_at_line,
     nothing_submitted,
@@ -381,8 +382,7 @@ async def test_a_small_file_is_one_operation_or_none(bench: Bench, size: int, ca
     for mode in ("rb", "r+b", "r"):
         async with await open_file(path, mode, encoding=None if "b" in mode else "latin-1") as file:
             if not cached:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                drop_from_cache(file.fileno())
             before = statistics().sqes
             found = await file.read()
             assert (found if isinstance(found, bytes) else found.encode("latin-1")) == content
@@ -648,8 +648,7 @@ async def test_a_pread_of_what_the_page_cache_has(bench: Bench, place: str | Non
         async with await open_file(whole.name, "rb", 0) as file:
             for offset, cached in ((0, True), (4999, True), (len(content) - 50, False), (0, True), (0, False)):
                 if place is None and offset == 0 and not cached:
-                    os.fsync(file.fileno())
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    drop_from_cache(file.fileno())
                 before = statistics().sqes
                 with trio.testing.assert_checkpoints():
                     assert await file.pread(size, offset) == content[offset : offset + size]
