@@ -338,11 +338,7 @@ def drop_from_cache(fd: int) -> None:
     def is_gone() -> bool:
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return True
-        return False
+        return not libc.pages_in_cache(fd)
 
     spin_until(is_gone)
 
