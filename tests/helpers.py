@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import fcntl
 import gc
 import itertools
 import os
@@ -14,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+import termios
 import threading
 import time
 import warnings
@@ -648,6 +650,9 @@ def _reap(pid: int) -> None:
         pass
 
 
+_SIOCOUTQNSD = 0x894B
+
+
 def fill(write: Callable[[], int]) -> int:
     """Writes until there is no room; the bytes in all."""
     total = 0
@@ -656,6 +661,12 @@ def fill(write: Callable[[], int]) -> int:
             total += write()
         except BlockingIOError:
             return total
+
+
+def is_acknowledged(sock: socket.socket) -> bool:
+    """Is all that has been sent over TCP with the peer? What is on its way may make room when it arrives."""
+    unacknowledged, unsent = (fcntl.ioctl(sock, request, bytes(4)) for request in (termios.TIOCOUTQ, _SIOCOUTQNSD))
+    return unacknowledged == unsent
 
 
 def drain(fd: int, size: int) -> bytes:

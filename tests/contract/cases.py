@@ -13,7 +13,6 @@ import mmap
 import os
 import select
 import socket
-import struct
 import termios
 import time
 from functools import partial
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from tests import libc
-from tests.helpers import Bench, drain, fill, spin_until
+from tests.helpers import Bench, drain, fill, is_acknowledged, spin_until
 from trio_uring import lowlevel
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     Oracle = Callable[[], object]
 
 EPOLL_CTL_ADD = 1
-SIOCOUTQNSD = 0x894B  # bytes that have not been sent yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,10 +338,6 @@ def _sendto_fails(bench: Bench) -> tuple[Call, Oracle]:
     return partial(lowlevel.sendto, sock, b"x", missing), partial(sock.sendto, b"x", missing)
 
 
-def _send_queue(sock: socket.socket, request: int) -> int:
-    return struct.unpack("i", fcntl.ioctl(sock, request, bytes(4)))[0]  # type: ignore[no-any-return]
-
-
 def full_tcp(bench: Bench) -> tuple[socket.socket, int, int]:
     """A TCP socket with no room left, and nothing under way that would make some; its peer, and how many bytes wait."""
     listener, a = bench.listener(), bench.new_socket()
@@ -354,7 +348,7 @@ def full_tcp(bench: Bench) -> tuple[socket.socket, int, int]:
     total = 0
     while more := fill(lambda: a.send(bytes(4096), socket.MSG_DONTWAIT)):
         total += more
-        spin_until(lambda: _send_queue(a, termios.TIOCOUTQ) == _send_queue(a, SIOCOUTQNSD))
+        spin_until(lambda: is_acknowledged(a))
     return a, b, total
 
 

@@ -20,6 +20,7 @@ from tests.helpers import (
     World,
     crash,
     fill,
+    is_acknowledged,
     manager,
     nothing_submitted,
     parked,
@@ -68,7 +69,7 @@ async def full_pair(world: World, *, half_closed: bool = False) -> tuple[Any, An
     while True:  # until it stays full
         more = fill(lambda: a._sock.send(bytes(65536)))
         size += more
-        await trio.testing.wait_all_tasks_blocked()
+        spin_until(lambda: is_acknowledged(a._sock))
         if not more:
             return a, b, size
 
