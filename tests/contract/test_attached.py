@@ -31,9 +31,19 @@ from tests.helpers import (
     parked,
     run_attached,
     run_attached_guest,
+    run_native,
     spin_until,
 )
-from trio_uring import RingConfig, RingError, UnavailableError, UringStatistics, _core, lowlevel, statistics
+from trio_uring import (
+    RingConfig,
+    RingError,
+    UnavailableError,
+    UringStatistics,
+    _core,
+    _trio_internals,
+    lowlevel,
+    statistics,
+)
 from trio_uring._attached import _QUIET_TICKS, AttachedManager
 from trio_uring.lowlevel import BufferPool, Mailbox
 
@@ -543,8 +553,9 @@ def test_a_ring_that_is_gone(mount: Mount, bench: Bench, monkeypatch: pytest.Mon
         buffer.append(0)
 
 
-async def test_a_child_that_goes_on_with_the_run(bench: Bench) -> None:
+async def test_a_child_whose_epoll_is_not_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told at its next tick, and the parent goes on."""
+    monkeypatch.setattr(_trio_internals, "take_epoll_away", lambda error: False)
     a, b = bench.sockets()
 
     def child() -> tuple[str, bool]:
@@ -559,6 +570,14 @@ async def test_a_child_that_goes_on_with_the_run(bench: Bench) -> None:
         assert not waits
         b.send(b"hello")
         assert await attempt.result() == 5
+
+
+def test_there_is_no_epoll_to_take_away() -> None:
+    async def main() -> bool:
+        return _trio_internals.take_epoll_away(RingError())
+
+    assert run_native(main) is False
+    assert _trio_internals.take_epoll_away(RingError()) is False
 
 
 # Ctrl-C
