@@ -1,10 +1,10 @@
-"""Guest runs in loops of other people's: Qt's event loop waits, trio runs in its callbacks, with a ring."""
+"""Guest runs in loops of other people's, Qt's and Tk's: they wait, and trio runs in their callbacks, with a ring."""
 
 from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 import trio
@@ -16,6 +16,7 @@ from tests.helpers import Host, attached_first, manager, manager_or_none
 from trio_uring import lowlevel, statistics
 
 if TYPE_CHECKING:
+    import tkinter
     from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
     from socket import socket
@@ -23,45 +24,114 @@ if TYPE_CHECKING:
     from tests.helpers import Bench
 
 
-class Calls(QObject):  # type: ignore[misc]
-    """Calls a function in the thread that made this object, from whichever thread it is asked."""
+class Loop(Protocol):
+    """An event loop."""
+
+    def put(self, function: Callable[[], object]) -> None:
+        """From any thread: the loop's calls it."""
+
+    def soon(self, function: Callable[[], object]) -> None:
+        """From the loop's thread: calls it in one of the next turns, as what the application has to do itself."""
+
+    def run(self, now_and_then: Callable[[], object]) -> None:
+        """Runs to `quit`. While it waits no signal handler of Python's is called (the time limit's, say), so something
+        has to be now and then.
+        """
+
+    def quit(self) -> None:
+        """Ends `run`."""
+
+    def close(self) -> None:
+        """Ends all."""
+
+
+class QtLoop(QObject):  # type: ignore[misc]
+    """Qt's."""
 
     _asked = Signal(object)
 
-    def __init__(self, call: Callable[[Callable[[], object]], object]) -> None:
+    def __init__(self) -> None:
+        self._application = QCoreApplication([])
         super().__init__()
-        self._call = call
-        self._asked.connect(self._answer, Qt.ConnectionType.QueuedConnection)
+        self._asked.connect(self._call, Qt.ConnectionType.QueuedConnection)
 
-    def _answer(self, function: Callable[[], object]) -> None:
-        self._call(function)
+    def _call(self, function: Callable[[], object]) -> None:
+        function()
 
     def put(self, function: Callable[[], object]) -> None:
         self._asked.emit(function)
 
+    def soon(self, function: Callable[[], object]) -> None:
+        QTimer.singleShot(0, function)
 
-class QtHost(Host):
-    """Qt's event loop."""
+    def run(self, now_and_then: Callable[[], object]) -> None:
+        alarm = QTimer()
+        alarm.timeout.connect(now_and_then)
+        alarm.start(100)
+        self._application.exec()
+        alarm.stop()
 
-    def __init__(self, application: QCoreApplication, *, native: bool) -> None:
-        self._application = application
+    def quit(self) -> None:
+        self._application.quit()
+
+    def close(self) -> None:
+        self._application.shutdown()
+
+
+class TkLoop:
+    """Tk's."""
+
+    def __init__(self, root: tkinter.Tk) -> None:
+        self._root = root
+        root.withdraw()
+        root.update()
+
+    def put(self, function: Callable[[], object]) -> None:
+        self._root.after(0, function)
+
+    soon = put
+
+    def run(self, now_and_then: Callable[[], object]) -> None:
+        def call() -> None:
+            now_and_then()
+            self._alarm = self._root.after(100, call)
+
+        self._alarm = self._root.after(100, call)
+        self._root.mainloop()
+        self._root.after_cancel(self._alarm)
+
+    def quit(self) -> None:
+        self._root.quit()
+
+    def close(self) -> None:
+        self._root.destroy()
+
+
+class LoopHost(Host):
+    """A host of guest runs in such a loop."""
+
+    def __init__(self, loop: Loop, *, native: bool) -> None:
+        self._loop = loop
         self._native = native
         self._error: BaseException | None = None
-        self.todo: Any = Calls(self._call)
+        self.todo: Any = self
         self.result = None
 
+    def put(self, function: Callable[[], object]) -> None:
+        self._loop.put(partial(self._call, function))
+
     def _call(self, function: Callable[[], object]) -> None:
-        """Qt would only print what is raised."""
+        """The loops would only print what is raised."""
         try:
             function()
         except BaseException as exc:
             self._error = exc
         if self._error is not None or self.result is not None:
-            self._application.quit()
+            self._loop.quit()
 
     def own_event(self, function: Callable[[], object]) -> None:
         """What the application does itself, in one of the next turns of the loop."""
-        QTimer.singleShot(0, partial(self._call, function))
+        self._loop.soon(partial(self._call, function))
 
     def begin(self, async_fn: Callable[..., Awaitable[object]], *args: object) -> None:
         main = partial(async_fn, *args)
@@ -71,11 +141,7 @@ class QtHost(Host):
             self.start_stock(attached_first(main))
 
     def finish(self) -> Any:
-        alarm = QTimer()  # while Qt waits, no signal handler of Python's is called: the time limit's, say
-        alarm.timeout.connect(partial(self._call, bool))
-        alarm.start(100)
-        self._application.exec()
-        alarm.stop()
+        self._loop.run(partial(self._call, bool))
         if self._error is not None:
             raise self._error
         assert self.result is not None
@@ -86,21 +152,40 @@ class QtHost(Host):
         return self.finish()
 
 
+def _tk() -> TkLoop | str:
+    """Tk's loop, or why there is none."""
+    try:
+        import tkinter
+    except ImportError:
+        return "this Python has no tkinter"
+    try:
+        return TkLoop(tkinter.Tk())
+    except tkinter.TclError as exc:
+        return f"Tk has no display: {exc}"
+
+
 @pytest.fixture(scope="module")
-def application() -> Iterator[QCoreApplication]:
-    application = QCoreApplication([])
-    yield application
-    application.shutdown()
+def loops() -> Iterator[dict[str, Loop | str]]:
+    """Made before anything is counted: they keep fds of their own."""
+    loops: dict[str, Loop | str] = {"qt": QtLoop(), "tk": _tk()}
+    yield loops
+    for loop in loops.values():
+        if not isinstance(loop, str):
+            loop.close()
 
 
-@pytest.fixture(params=["native", "attached"])
-def host(request: pytest.FixtureRequest, application: QCoreApplication) -> QtHost:
+@pytest.fixture(params=["qt-native", "qt-attached", "tk-native", "tk-attached"])
+def host(request: pytest.FixtureRequest, loops: dict[str, Loop | str]) -> LoopHost:
     """With a run that has the ring as its I/O manager, or beside it."""
-    return QtHost(application, native=request.param == "native")
+    name, _, mount = request.param.partition("-")
+    loop = loops[name]
+    if isinstance(loop, str):
+        pytest.skip(loop)
+    return LoopHost(loop, native=mount == "native")
 
 
 @pytest.fixture(autouse=True)
-def no_operation_left(host: QtHost) -> Iterator[None]:
+def no_operation_left(host: LoopHost) -> Iterator[None]:
     """Fds and threads are looked for after every test, see the fixtures of all tests."""
     made: list[Any] = []
     begin = host.begin
@@ -126,7 +211,7 @@ async def receive(sock: socket) -> bytes:
     return bytes(buffer[: await lowlevel.recv(sock, buffer)])
 
 
-def when_the_worker_sleeps(host: QtHost, function: Callable[[], object]) -> None:
+def when_the_worker_sleeps(host: LoopHost, function: Callable[[], object]) -> None:
     """Calls it in the host when trio waits in another thread, for an operation in flight."""
 
     def look() -> None:
@@ -139,7 +224,7 @@ def when_the_worker_sleeps(host: QtHost, function: Callable[[], object]) -> None
     host.own_event(look)
 
 
-def test_a_file(host: QtHost, tmp_path: Path) -> None:
+def test_a_file(host: LoopHost, tmp_path: Path) -> None:
     async def main() -> bytes:
         await trio_uring.write_file(tmp_path / "file", b"hello")
         async with await trio_uring.open_file(tmp_path / "file", "rb") as file:
@@ -149,7 +234,7 @@ def test_a_file(host: QtHost, tmp_path: Path) -> None:
     assert host.run(main) == b"hello"
 
 
-def test_an_echo(host: QtHost) -> None:
+def test_an_echo(host: LoopHost) -> None:
     async def echo(stream: trio.SocketStream) -> None:
         async for data in stream:
             await stream.send_all(data)
@@ -170,7 +255,7 @@ def test_an_echo(host: QtHost) -> None:
     assert host.run(main) == 100
 
 
-def test_a_timeout(host: QtHost, bench: Bench) -> None:
+def test_a_timeout(host: LoopHost, bench: Bench) -> None:
     a, b = bench.sockets()
 
     async def main() -> bytes:
@@ -185,7 +270,7 @@ def test_a_timeout(host: QtHost, bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("name", ["recv", "read"])
-def test_the_host_cancels(host: QtHost, bench: Bench, name: str) -> None:
+def test_the_host_cancels(host: LoopHost, bench: Bench, name: str) -> None:
     a, _ = bench.sockets()
     scope = trio.CancelScope()
 
@@ -203,7 +288,7 @@ def test_the_host_cancels(host: QtHost, bench: Bench, name: str) -> None:
     assert host.finish() is True
 
 
-def test_the_host_closes(host: QtHost, bench: Bench) -> None:
+def test_the_host_closes(host: LoopHost, bench: Bench) -> None:
     a, b = bench.sockets()
     fd = a.detach()
 
@@ -221,7 +306,7 @@ def test_the_host_closes(host: QtHost, bench: Bench) -> None:
     host.finish()
 
 
-def test_many_operations(host: QtHost, bench: Bench) -> None:
+def test_many_operations(host: LoopHost, bench: Bench) -> None:
     """Of all the tasks that wait, each gets its own."""
     pairs = [bench.sockets() for _ in range(100)]
     files = [bench.file(b"%d" % i) for i in range(100)]
@@ -247,7 +332,7 @@ def test_many_operations(host: QtHost, bench: Bench) -> None:
     assert got == {i: (b"%d" % i, b"%d" % i) for i in range(100)}
 
 
-def test_the_host_goes_on_while_trio_waits(host: QtHost, bench: Bench) -> None:
+def test_the_host_goes_on_while_trio_waits(host: LoopHost, bench: Bench) -> None:
     """The application sends what trio waits for, after a hundred events of its own."""
     a, b = bench.sockets()
     events = 0
@@ -266,7 +351,7 @@ def test_the_host_goes_on_while_trio_waits(host: QtHost, bench: Bench) -> None:
     assert events == 100
 
 
-def test_the_host_goes_on_while_trio_is_busy(host: QtHost, bench: Bench) -> None:
+def test_the_host_goes_on_while_trio_is_busy(host: LoopHost, bench: Bench) -> None:
     """trio does not let go of its work until the application has had a hundred turns."""
     file = bench.file(b"hello")
     events = reads = 0
@@ -288,7 +373,7 @@ def test_the_host_goes_on_while_trio_is_busy(host: QtHost, bench: Bench) -> None
     assert reads > 0
 
 
-def test_threads(host: QtHost, bench: Bench) -> None:
+def test_threads(host: LoopHost, bench: Bench) -> None:
     a, b = bench.sockets()
 
     def in_thread() -> bytes:
@@ -302,7 +387,7 @@ def test_threads(host: QtHost, bench: Bench) -> None:
     assert host.run(main) == b"hello"
 
 
-def test_an_error_ends_the_run(host: QtHost, bench: Bench) -> None:
+def test_an_error_ends_the_run(host: LoopHost, bench: Bench) -> None:
     """Its operations are cancelled first."""
     a, _ = bench.sockets()
     b, _ = bench.pipe()
@@ -318,7 +403,7 @@ def test_an_error_ends_the_run(host: QtHost, bench: Bench) -> None:
         host.run(main)
 
 
-def test_one_run_after_the_other(host: QtHost, tmp_path: Path) -> None:
+def test_one_run_after_the_other(host: LoopHost, tmp_path: Path) -> None:
     for i in range(5):
         host.result = None
         host.run(trio_uring.write_file, tmp_path / f"{i}", b"hello")
