@@ -802,6 +802,18 @@ def test_data_wakes_the_worker(bench: Bench) -> None:
     assert run.error is None
 
 
+def test_a_fork_by_the_host(bench: Bench) -> None:
+    """The child's cannot go on with the run; the parent's can."""
+    a, b = bench.sockets()
+    run = Asleep(lowlevel.recv, a, bytearray(9))
+    for touch in (run.scope.cancel, partial(lowlevel.notify_closing, a)):
+        with pytest.raises(RingError, match="run of its own"):
+            in_child(touch)
+    b.send(b"hello")
+    run.finish()
+    assert run.error is None
+
+
 def test_an_eventfd_wakes_it_each_time(mount: Mount) -> None:
     """A completion that an eventfd causes is signalled late, and only once for each registration."""
     fd = os.eventfd(0, os.EFD_CLOEXEC)
