@@ -26,6 +26,7 @@ trio-suite: install $(VENV)/group-trio-suite
 	$(BIN)/python tests/interop/run_trio_suite.py
 
 interop: install $(VENV)/group-interop
+	tools/setup.sh $(BIN)/python interop
 	$(BIN)/python -m pytest tests/interop
 
 bench: install $(VENV)/group-bench

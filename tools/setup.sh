@@ -1,10 +1,15 @@
 #!/bin/sh
-# tools/setup.sh PYTHON: what the build needs and pip cannot bring. As root on Debian and Ubuntu it installs what is
-# missing; elsewhere it stops with the command to type.
+# tools/setup.sh PYTHON [interop]: what the build, or `make interop`, needs and pip cannot bring. As root on Debian and
+# Ubuntu it installs what is missing; elsewhere it stops with the command to type.
 set -eu
 python=${1:-python3}
+purpose=${2:-build}
 
 missing() {
+  if [ "$purpose" = interop ]; then
+    "$python" -c 'import ctypes; ctypes.CDLL("libgthread-2.0.so.0")' 2>/dev/null || echo "GLib, which Qt needs"
+    return
+  fi
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "Python 3.10 or newer"
     return
@@ -16,14 +21,22 @@ missing() {
 lacks=$(missing | paste -sd, -)
 [ -n "$lacks" ] || exit 0
 
+apt="gcc libc6-dev python3 python3-dev python3-venv liburing-dev"
+dnf="gcc python3 python3-devel liburing-devel"
+apk="gcc musl-dev python3 python3-dev liburing-dev"
+pacman="gcc python liburing"
+if [ "$purpose" = interop ]; then
+  apt=libglib2.0-0 dnf=glib2 apk=glib pacman=glib2
+fi
+
 if command -v apt-get >/dev/null; then
-  install="apt-get install -y --no-install-recommends gcc libc6-dev python3 python3-dev python3-venv liburing-dev"
+  install="apt-get install -y --no-install-recommends $apt"
 elif command -v dnf >/dev/null; then
-  install="dnf install -y gcc python3 python3-devel liburing-devel"
+  install="dnf install -y $dnf"
 elif command -v apk >/dev/null; then
-  install="apk add gcc musl-dev python3 python3-dev liburing-dev"
+  install="apk add $apk"
 elif command -v pacman >/dev/null; then
-  install="pacman -S --needed gcc python liburing"
+  install="pacman -S --needed $pacman"
 else
   echo "Missing: $lacks. Install it with your package manager." >&2
   exit 1

@@ -1,6 +1,7 @@
 """A ring beside trio's own I/O manager, for a run that was started without one.
 
-It is mounted when a task first asks for something, through nothing but trio's public interface, and goes with the run.
+It is mounted when a task first asks for something, through nothing but trio's public interface (a forked child apart),
+and goes with the run.
 trio waits in its epoll as ever; so everything here is about one question: how does that wait learn of the ring?
 
 * **An Instrument** is called around each wait. Before it, everything staged is submitted and what is done is reaped;
@@ -19,6 +20,8 @@ trio waits in its epoll as ever; so everything here is about one question: how d
   then in epoll for none, in turns.
 * **In guest mode** the hooks run in the host's thread, which owns the ring. The wait between them is another thread's
   meanwhile, and what the host's callbacks stage is submitted at once.
+* **A forked child shares trio's epoll with its parent.** What it takes from there, the eventfd's event say, the parent
+  would wait for in vain. So the child's run ends before it waits.
 * **A hook that raises is removed by trio**, with a line in a log. So what happens in one is caught here: the ring has
   failed then, and everybody who waits for it is told. The memory of what was in flight stays where it is until the run
   ends and the ring has been drained; if it cannot be, for ever.
@@ -36,10 +39,11 @@ import outcome
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from . import _trio_internals
 from ._abi import Opcode
 from ._cancel import State
-from ._core import _FIRST_INDEX, UringIOManager, _drain_eventfd, ring_failed
-from ._errors import RingError
+from ._core import _FIRST_INDEX, UringIOManager, _drain_eventfd, _this_thread, ring_failed
+from ._errors import RingError, not_in_a_child
 from ._shots import Shots
 
 if TYPE_CHECKING:
@@ -272,6 +276,12 @@ class AttachedManager(UringIOManager):
 
     # The end
 
+    def end_in_child(self) -> None:
+        """A forked child has this run as well, but is not to go on with it."""
+        if _trio_internals.take_epoll_away(not_in_a_child()) and self._hooked:
+            self._hooked = False
+            trio.lowlevel.remove_instrument(self._ticks)
+
     def fail(self, cause: BaseException) -> None:
         """The ring cannot be relied on any more: whoever waits for it hears of it, and whoever comes later."""
         if self.failure is not None:
@@ -314,3 +324,12 @@ class AttachedManager(UringIOManager):
         finally:
             if self._eventfd >= 0:
                 os.close(self._eventfd)
+
+
+def _in_child() -> None:
+    manager: object = _this_thread.manager
+    if isinstance(manager, AttachedManager):
+        manager.end_in_child()
+
+
+os.register_at_fork(after_in_child=_in_child)

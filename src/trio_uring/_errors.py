@@ -34,6 +34,11 @@ class RingError(RuntimeError):
     """
 
 
+def not_in_a_child() -> RingError:
+    """What a forked child gets that goes on with what is its parent's."""
+    return RingError("this ring belongs to the parent process; a forked child must start a run of its own")
+
+
 class ChainBrokenError(OSError):
     """A step of a chain was not done, because one before it failed or came short. Its errno is ECANCELED.
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from . import _native
 from ._abi import CQE_BUFFER_SHIFT, CQE_F_BUF_MORE, PBUF_RING_INC, Feature, Opcode, Setup
-from ._errors import RingError, UnavailableError, unavailable
+from ._errors import RingError, UnavailableError, not_in_a_child, unavailable
 from ._slots import Buffers, Queue
 
 if TYPE_CHECKING:
@@ -616,7 +616,7 @@ class Ring(SubmissionQueue):
         if res == -errno.EOWNERDEAD and self._ring is not None and not self.forked:
             raise RingError("the kernel thread that polls this ring's submission queue has died")
         if res == -errno.EOWNERDEAD:
-            raise RingError("this ring belongs to the parent process; a forked child must start a run of its own")
+            raise not_in_a_child()
         if res == -errno.EEXIST:
             raise RingError("this ring belongs to another thread; only the thread that enabled it may use it")
         if res == -errno.EBADR:

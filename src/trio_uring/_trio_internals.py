@@ -12,13 +12,16 @@ Each of these is checked here, at import, with a way round behind it:
 * *the class of trio's sockets*: trio makes every socket by calling the module global ``_SocketType``. The class
   itself is got through the public function; if that name is gone, sockets that unchanged code makes wait for
   readiness. So do streams that no longer say who sends on them, and sockets that no longer resolve addresses there.
+* *the epoll of a run*: a forked child shares it with its parent and is to stay away from it. If it is not where it was,
+  the child of a run that was started without a ring can take from its parent what that waits for, as in trio itself.
 """
 
 from __future__ import annotations
 
 import pathlib
+import select
 import socket
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 import outcome
 import trio
@@ -108,6 +111,41 @@ NATIVE_PROBLEM: Final = _native_problem()
 
 wake: Final[Callable[[Task, object], None]] = _wake_directly if _reschedule_is_known() else _wake_publicly
 """Wakes a parked task. It is sent the value bare or in an `outcome.Value`; an `outcome.Error` as it is."""
+
+
+class _NoEpoll:
+    """Stands where the epoll of a run was: who would wait there gets an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def poll(self, *_: object) -> NoReturn:
+        raise self._error
+
+    def modify(self, *_: object) -> None:
+        """Nobody will wait."""
+
+    register = unregister = modify
+    close = modify
+
+
+def take_epoll_away(error: Exception) -> bool:
+    """For a forked child: what it does with the epoll of this thread's run, it would do to that of its parent.
+
+    Args:
+        error: the end of the run, when it is about to wait.
+
+    Returns:
+        False if it was not found.
+    """
+    runner = getattr(getattr(_run, "GLOBAL_RUN_CONTEXT", None), "runner", None)
+    manager = getattr(runner, "io_manager", None)
+    epoll = getattr(manager, "_epoll", None)
+    if not isinstance(epoll, select.epoll):
+        return False
+    manager._epoll = _NoEpoll(error)  # type: ignore[union-attr]
+    epoll.close()  # the parent's stays open
+    return True
 
 
 class ThreadPath(trio.Path, pathlib.PurePosixPath):

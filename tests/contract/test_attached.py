@@ -7,6 +7,7 @@ import errno
 import os
 import pathlib
 import resource
+import select
 import subprocess
 import sys
 import threading
@@ -31,9 +32,19 @@ from tests.helpers import (
     parked,
     run_attached,
     run_attached_guest,
+    run_native,
     spin_until,
 )
-from trio_uring import RingConfig, RingError, UnavailableError, UringStatistics, _core, lowlevel, statistics
+from trio_uring import (
+    RingConfig,
+    RingError,
+    UnavailableError,
+    UringStatistics,
+    _core,
+    _trio_internals,
+    lowlevel,
+    statistics,
+)
 from trio_uring._attached import _QUIET_TICKS, AttachedManager
 from trio_uring._ring import Ring
 from trio_uring.lowlevel import BufferPool, Mailbox
@@ -543,8 +554,9 @@ def test_a_ring_that_is_gone(mount: Mount, bench: Bench, monkeypatch: pytest.Mon
         buffer.append(0)
 
 
-async def test_a_child_that_goes_on_with_the_run(bench: Bench) -> None:
+async def test_a_child_whose_epoll_is_not_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told at its next tick, and the parent goes on."""
+    monkeypatch.setattr(_trio_internals, "take_epoll_away", lambda error: False)
     a, b = bench.sockets()
 
     def child() -> tuple[str, bool]:
@@ -559,6 +571,14 @@ async def test_a_child_that_goes_on_with_the_run(bench: Bench) -> None:
         assert not waits
         b.send(b"hello")
         assert await attempt.result() == 5
+
+
+def test_there_is_no_epoll_to_take_away() -> None:
+    async def main() -> bool:
+        return _trio_internals.take_epoll_away(RingError())
+
+    assert run_native(main) is False
+    assert _trio_internals.take_epoll_away(RingError()) is False
 
 
 # Ctrl-C
@@ -610,6 +630,117 @@ def test_notify_closing_tells_both(mount: Mount, bench: Bench) -> None:
             for error in ((await trios.settled()).error, (await ours.settled()).error):
                 assert isinstance(error, trio.ClosedResourceError)
         assert b.recv(1) == b""
+
+    mount.run(main)
+
+
+HOOKS = ("task_scheduled", "before_task_step", "after_task_step", "before_io_wait", "after_io_wait")
+
+
+class InHook(trio.abc.Instrument):
+    """Calls ``action`` in the next call of a hook, once it is armed."""
+
+    armed = False
+
+    def __init__(self, hook: str, action: Callable[[], object]) -> None:
+        self._action = action
+        setattr(self, hook, self._call)
+
+    def _call(self, _: object) -> None:
+        if self.armed:
+            trio.lowlevel.remove_instrument(self)
+            self._action()
+
+
+@pytest.mark.parametrize("ours_comes_first", [True, False])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_close_in_a_hook(mount: Mount, bench: Bench, hook: str, ours_comes_first: bool) -> None:
+    """Somebody else's Instrument is called before or after the one that submits and reaps."""
+    a, b = bench.sockets()
+    fd = a.detach()
+    buffers = [bytearray(9), bytearray(9)]
+
+    def close() -> None:
+        lowlevel.notify_closing(fd)
+        os.close(fd)
+        at_once.append(b.recv(1))
+
+    at_once: list[bytes] = []
+    instrument = InHook(hook, close)
+
+    async def main() -> None:
+        if not ours_comes_first:
+            await _fall_quiet()
+            trio.lowlevel.add_instrument(instrument)
+        async with trio.open_nursery() as nursery:
+            attempts: list[Attempt[Any]] = [
+                await parked(nursery, trio.lowlevel.wait_readable, fd),
+                await parked(nursery, lowlevel.recv, fd, buffers[0]),
+                await parked(nursery, lowlevel.read, fd, buffers[1]),
+                await parked(nursery, lowlevel.poll, fd, select.POLLIN),
+            ]
+            if ours_comes_first:
+                trio.lowlevel.add_instrument(instrument)
+            instrument.armed = True
+            await trio.sleep(0.001)
+            for attempt in attempts:
+                await attempt.settled()
+                assert isinstance(attempt.error, trio.ClosedResourceError)
+        for buffer in buffers:
+            buffer.append(0)
+
+    mount.run(main)
+    assert at_once == [b""]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_close_that_trio_alone_hears_of_in_a_hook(mount: Mount, bench: Bench, hook: str) -> None:
+    """The ring keeps the file open and the buffer pinned, and its task can be cancelled."""
+    a, _ = bench.sockets()
+    fd = a.detach()
+    buffer = bytearray(9)
+
+    def close() -> None:
+        trio.lowlevel.notify_closing(fd)
+        os.close(fd)
+
+    async def main() -> None:
+        instrument = InHook(hook, close)
+        trio.lowlevel.add_instrument(instrument)
+        async with trio.open_nursery() as nursery:
+            trios = await parked(nursery, trio.lowlevel.wait_readable, fd)
+            ours = await parked(nursery, lowlevel.recv, fd, buffer)
+            instrument.armed = True
+            await trio.sleep(0.001)
+            await trios.settled()
+            assert isinstance(trios.error, trio.ClosedResourceError)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not ours.done
+            with pytest.raises(BufferError):
+                buffer.append(0)
+            assert await ours.cancel()
+        buffer.append(0)
+
+    mount.run(main)
+
+
+def test_trio_does_not_know_who_waits_here(mount: Mount, bench: Bench) -> None:
+    """Nor does it say who waits there: nobody is told to be in another's way, and each gets what comes for it."""
+    a, b = bench.sockets()
+
+    async def main() -> None:
+        for ours_first in (True, False):
+            async with trio.open_nursery() as nursery:
+                waits = partial(parked, nursery, trio.lowlevel.wait_readable, a)
+                receives = partial(parked, nursery, lowlevel.recv, a, bytearray(9))
+                ours = await receives() if ours_first else None
+                trios = await waits()
+                ours = ours or await receives()
+                b.send(b"hello")
+                assert await ours.result() == 5
+                b.send(b"x")
+                await trios.result()
+                assert a.recv(9) == b"x"
 
     mount.run(main)
 
@@ -666,6 +797,18 @@ def test_a_close_by_the_host(bench: Bench) -> None:
 def test_data_wakes_the_worker(bench: Bench) -> None:
     a, b = bench.sockets()
     run = Asleep(lowlevel.recv, a, bytearray(9))
+    b.send(b"hello")
+    run.finish()
+    assert run.error is None
+
+
+def test_a_fork_by_the_host(bench: Bench) -> None:
+    """The child's cannot go on with the run; the parent's can."""
+    a, b = bench.sockets()
+    run = Asleep(lowlevel.recv, a, bytearray(9))
+    for touch in (run.scope.cancel, partial(lowlevel.notify_closing, a)):
+        with pytest.raises(RingError, match="run of its own"):
+            in_child(touch)
     b.send(b"hello")
     run.finish()
     assert run.error is None

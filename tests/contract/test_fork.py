@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,8 @@ from tests.helpers import REQUIRED, Attempt, fork, in_child, manager, parked
 from trio_uring import RingError, lowlevel, statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
+    from socket import socket
 
     from tests.helpers import Bench, Mount
 
@@ -117,20 +119,46 @@ def test_forks_outside_of_runs() -> None:
     assert in_child(lambda: in_child(run)) == 9
 
 
-@pytest.mark.native("the child of a stock run shares trio's own epoll with its parent, and takes things out of it")
-def test_the_child_that_goes_on_with_the_run(mount: Mount, bench: Bench) -> None:
-    """Its next tick fails; the parent's run goes on."""
+async def _fail(_: object) -> None:
+    raise KeyError
+
+
+async def _wait(_: object) -> None:
+    await trio.sleep(5)
+
+
+async def _close(sock: socket) -> None:
+    lowlevel.notify_closing(sock)
+
+
+WAYS_TO_GO_ON: dict[str, Callable[[socket], Awaitable[object]]] = {
+    "an operation": lambda _: lowlevel.nop(),
+    "a wait": _wait,
+    "a close": _close,
+    "an error": _fail,
+}
+
+
+def _fork_in_a_run(mount: Mount, bench: Bench, go_on: Callable[[socket], Awaitable[object]]) -> bytes:
+    """What ends the run in the child. The parent's goes on, with tasks that waited for the ring and for trio."""
     results, result = bench.pipe()
     parent = os.getpid()
 
     async def main() -> int:
-        a, b = bench.sockets()
+        (a, b), (c, d) = bench.sockets(), bench.sockets()
         async with trio.open_nursery() as nursery:
-            attempt = await parked(nursery, lowlevel.recv, a, bytearray(9))
+            receives = await parked(nursery, lowlevel.recv, a, bytearray(9))
+            waits = await parked(nursery, trio.lowlevel.wait_readable, c)
             pid = fork()
+            if pid == 0:
+                signal.alarm(20)
+                await go_on(c)
             await lowlevel.nop()
             b.send(b"hello")
-            assert await attempt.result() == 5
+            d.send(b"hello")
+            assert await receives.result() == 5
+            await waits.result()
+            assert await trio.to_thread.run_sync(os.getpid) == parent
         return pid
 
     try:
@@ -140,10 +168,20 @@ def test_the_child_that_goes_on_with_the_run(mount: Mount, bench: Bench) -> None
             raise
         while exc.__cause__ is not None:
             exc = exc.__cause__
-        os.write(result, type(exc).__name__.encode())
+        os.write(result, repr(exc).encode())
         os._exit(0)
+    if os.getpid() != parent:
+        os._exit(1)
     os.waitpid(child, 0)
-    assert os.read(results, 99) == b"RingError"
+    return os.read(results, 999)
+
+
+@pytest.mark.parametrize("way", WAYS_TO_GO_ON)
+def test_the_child_that_goes_on_with_the_run(mount: Mount, bench: Bench, way: str) -> None:
+    """It does not get beyond its next wait, and takes nothing of what the parent waits for."""
+    for _ in range(20):
+        end = _fork_in_a_run(mount, bench, WAYS_TO_GO_ON[way])
+        assert end.startswith(b"RingError('this ring belongs to the parent process; ")
 
 
 async def test_subprocesses(bench: Bench) -> None:

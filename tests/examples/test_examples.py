@@ -60,7 +60,7 @@ _BLOCKS = blocks()
 INTEROP_BLOCKS = {
     place: code
     for place, code in _BLOCKS.items()
-    if re.search(r"^import (hypercorn|httpx|trio_asyncio)", code, re.MULTILINE)
+    if re.search(r"^(import|from) (hypercorn|httpx|PySide6|trio_asyncio)\b", code, re.MULTILINE)
 }
 """Those that need more packages. They are run with the tests that do."""
 BLOCKS = {place: code for place, code in _BLOCKS.items() if place not in INTEROP_BLOCKS}

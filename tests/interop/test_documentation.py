@@ -18,4 +18,4 @@ def test_block(place: str, tmp_path: Path) -> None:
 
 
 def test_there_are_some() -> None:
-    assert len(INTEROP_BLOCKS) >= 3
+    assert len(INTEROP_BLOCKS) >= 4
