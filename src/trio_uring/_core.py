@@ -1086,6 +1086,7 @@ def on_ring() -> bool:
     return found is not no_manager and trio.lowlevel.in_trio_task()
 
 
+@enable_ki_protection
 def notify_closing(fd: int | HasFileno) -> None:
     """Tells whoever waits for an fd that it will be closed: `trio.lowlevel.notify_closing`, for the ring as well.
 
