@@ -28,20 +28,15 @@ trio waits in its epoll as ever; so everything here is about one question: how d
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import TYPE_CHECKING, ClassVar, Final, NoReturn
 
-import outcome
 import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._abi import Opcode
-from ._cancel import State
 from ._core import _FIRST_INDEX, UringIOManager, _drain_eventfd, ring_failed
-from ._errors import RingError
 from ._ring import Ring
-from ._shots import Shots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,9 +58,6 @@ _WAIT: Final = frozenset(
     {Opcode.RECV, Opcode.RECVMSG, Opcode.ACCEPT, Opcode.CONNECT, Opcode.POLL_ADD, Opcode.TIMEOUT, Opcode.STATX}
 )
 """Opcodes that seldom complete while they are submitted."""
-
-_WITH_TASK: Final = frozenset({State.STAGED, State.IN_FLIGHT, State.CANCELLING})
-"""States in which a parked task waits for a CQE."""
 
 
 def _nothing() -> None:
@@ -201,7 +193,7 @@ class AttachedManager(UringIOManager):
             return trio.lowlevel.Abort.SUCCEEDED
 
         while True:
-            if self.ring.staged:
+            if self.ring.staged and self.failure is None:
                 await trio.lowlevel.checkpoint()
                 continue
             self._wakeful = trio.lowlevel.current_task()
@@ -301,29 +293,13 @@ class AttachedManager(UringIOManager):
     # The end
 
     def fail(self, cause: BaseException) -> None:
-        """The ring cannot be relied on any more: whoever waits for it hears of it, and whoever comes later."""
+        """See `UringIOManager.fail`."""
         if self.failure is not None:
             return
-        self.failure = cause
-        self._worker_waits = False
         if self._hooked:
             self._hooked = False
             trio.lowlevel.remove_instrument(self._ticks)
-        while self._queue:
-            waiting, _ = self._queue.popitem()
-            trio.lowlevel.reschedule(waiting, outcome.Error(ring_failed(cause)))
-        self.registered.fail(ring_failed(cause))
-        self.mail.fail(ring_failed(cause))
-        for operation in self._operations():
-            task = operation.task
-            if isinstance(operation, Shots):
-                operation.receiver.fail(ring_failed(cause))
-            elif task is not None and operation.state in _WITH_TASK:
-                self.wake(task, outcome.Error(ring_failed(cause)))
-            else:
-                continue
-            with contextlib.suppress(RingError, OSError):  # what it has in the ring's tables goes with the ring
-                operation.abandon()
+        super().fail(cause)
 
         def refuse(_: int) -> NoReturn:
             raise ring_failed(cause)
