@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import trio
 from anyio.streams.file import FileReadStream
+from trio.lowlevel import enable_ki_protection
 
-from ._binary_files import AsyncFile
+from ._binary_files import AsyncFile, protected
 from ._files import open_file
 from ._path import Path
 
@@ -27,6 +28,7 @@ def on_trio() -> bool:
     return anyio.get_cancelled_exc_class() is trio.Cancelled
 
 
+@protected
 class RingFile(anyio.AsyncFile[Any], anyio.TypedAttributeProvider):
     """anyio's file, around an `AsyncFile` instead of a file object."""
 
@@ -49,6 +51,7 @@ def _forwarding(name: str, method: Any) -> Any:
     signature = inspect.signature(method)
 
     @functools.wraps(method)
+    @enable_ki_protection
     async def forward(self: RingFile, *args: Any, **kwargs: Any) -> Any:
         if kwargs:
             args = signature.bind(self, *args, **kwargs).args[1:]
@@ -66,6 +69,7 @@ def _file_for_anyio(file: Any, limiter: Any) -> RingFile:
     return RingFile(file) if limiter is None else RingFile(file, limiter=limiter)
 
 
+@enable_ki_protection
 async def open_for_anyio(*args: Any, limiter: object = None, **kwargs: Any) -> RingFile:
     """`open_file` with the signature of anyio's. There is no thread to be limited."""
     return _file_for_anyio(await open_file(*args, **kwargs), limiter)
@@ -74,6 +78,7 @@ async def open_for_anyio(*args: Any, limiter: object = None, **kwargs: Any) -> R
 def for_anyio(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     """A method of `Path` for an `anyio.Path`."""
 
+    @enable_ki_protection
     async def on_anyio_path(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = await method(Path(self), *args, **kwargs)
         limiter = getattr(self, "limiter", None)  # which a path has since anyio 4.14

@@ -31,20 +31,16 @@ trio waits in its epoll as ever; so everything here is about one question: how d
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import TYPE_CHECKING, ClassVar, Final, NoReturn
 
-import outcome
 import trio
 from trio.lowlevel import enable_ki_protection
 
 from . import _trio_internals
 from ._abi import Opcode
-from ._cancel import State
 from ._core import _FIRST_INDEX, UringIOManager, _drain_eventfd, _this_thread, ring_failed
-from ._errors import RingError, not_in_a_child
-from ._shots import Shots
+from ._errors import not_in_a_child
 
 if TYPE_CHECKING:
     from trio.lowlevel import Abort, RaiseCancelT, Task
@@ -62,9 +58,6 @@ _WAIT: Final = frozenset(
     {Opcode.RECV, Opcode.RECVMSG, Opcode.ACCEPT, Opcode.CONNECT, Opcode.POLL_ADD, Opcode.TIMEOUT, Opcode.STATX}
 )
 """Opcodes that seldom complete while they are submitted."""
-
-_WITH_TASK: Final = frozenset({State.STAGED, State.IN_FLIGHT, State.CANCELLING})
-"""States in which a parked task waits for a CQE."""
 
 
 def _nothing() -> None:
@@ -177,7 +170,7 @@ class AttachedManager(UringIOManager):
             return trio.lowlevel.Abort.SUCCEEDED
 
         while True:
-            if self.ring.staged:
+            if self.ring.staged and self.failure is None:
                 await trio.lowlevel.checkpoint()
                 continue
             self._wakeful = trio.lowlevel.current_task()
@@ -283,29 +276,13 @@ class AttachedManager(UringIOManager):
             trio.lowlevel.remove_instrument(self._ticks)
 
     def fail(self, cause: BaseException) -> None:
-        """The ring cannot be relied on any more: whoever waits for it hears of it, and whoever comes later."""
+        """See `UringIOManager.fail`."""
         if self.failure is not None:
             return
-        self.failure = cause
-        self._worker_waits = False
         if self._hooked:
             self._hooked = False
             trio.lowlevel.remove_instrument(self._ticks)
-        while self._queue:
-            waiting, _ = self._queue.popitem()
-            trio.lowlevel.reschedule(waiting, outcome.Error(ring_failed(cause)))
-        self.registered.fail(ring_failed(cause))
-        self.mail.fail(ring_failed(cause))
-        for operation in self._operations():
-            task = operation.task
-            if isinstance(operation, Shots):
-                operation.receiver.fail(ring_failed(cause))
-            elif task is not None and operation.state in _WITH_TASK:
-                self.wake(task, outcome.Error(ring_failed(cause)))
-            else:
-                continue
-            with contextlib.suppress(RingError, OSError):  # what it has in the ring's tables goes with the ring
-                operation.abandon()
+        super().fail(cause)
 
         def refuse(_: int) -> NoReturn:
             raise ring_failed(cause)

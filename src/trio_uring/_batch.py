@@ -27,6 +27,7 @@ import errno
 import functools
 import os
 import struct
+import sys
 from itertools import chain as chained
 from itertools import starmap
 from operator import itemgetter
@@ -36,7 +37,7 @@ import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
 from ._abi import SPLICE_F_FD_IN_FIXED, SQE_FIXED_FILE, SQE_IO_HARDLINK, SQE_IO_LINK, Opcode
-from ._cancel import closed_error
+from ._cancel import closed_error, raise_later
 from ._core import MAX_RW_COUNT, UringIOManager, _this_thread
 from ._errors import os_error, unsupported
 from ._file_ops import AT_EMPTY_PATH, CLOSE, LINKAT, STATX
@@ -58,6 +59,9 @@ from ._ring import (
 from ._rows import Column, DirectFile, Filled, as_direct, direct_form, fill_column, request_of
 from ._sockaddr import decode_ancillary, descriptors
 from ._structs import control_of
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -127,6 +131,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @enable_ki_protection
     def add(self, operation: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> int:
         """Adds an operation and returns its position in what `run` returns.
 
@@ -232,9 +237,10 @@ class Batch:
             size = len(part)
             try:
                 values += await self._run_part(part)
-            except trio.Cancelled:
+            except (trio.Cancelled, KeyboardInterrupt) as exc:
                 if not values:
                     raise
+                raise_later(exc)
                 break
             except (OSError, trio.BusyResourceError) as exc:
                 if not values:
@@ -347,10 +353,15 @@ class Batch:
     async def _try_all_again(
         self, values: list[Any], again: list[tuple[int, tuple[Any, ...]]], siblings: dict[int, set[Any]]
     ) -> None:
-        async with trio.open_nursery() as nursery:
-            for position, request in again:
-                nursery.start_soon(self._try_again, values, position, request, siblings)
-            request = ()
+        try:
+            async with trio.open_nursery(strict_exception_groups=True) as nursery:
+                for position, request in again:
+                    nursery.start_soon(self._try_again, values, position, request, siblings)
+                request = ()
+        except BaseExceptionGroup as group:
+            if group.split(KeyboardInterrupt)[1] is not None:
+                raise
+            raise_later(KeyboardInterrupt())
 
     async def _try_again(
         self, values: list[Any], position: int, request: tuple[Any, ...], siblings: dict[int, set[Any]]
@@ -666,6 +677,7 @@ class Chain:
         self._next = -1  # position of the next step
         self._link = SQE_IO_LINK
 
+    @enable_ki_protection
     def add(self, operation: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> int:
         """Adds a step, as `Batch.add`. If it fails, or comes short, the steps behind it are not done.
 
@@ -675,10 +687,12 @@ class Chain:
         """
         return self._add(SQE_IO_LINK, filler_of(operation)(*args, **kwargs))
 
+    @enable_ki_protection
     def add_hard(self, operation: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> int:
         """Adds a step, as `Batch.add`. The step behind it is done whatever comes of it."""
         return self._add(SQE_IO_HARDLINK, filler_of(operation)(*args, **kwargs))
 
+    @enable_ki_protection
     def direct(self, operation: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> DirectFile:
         """Adds a step that opens a file or a socket, as `add`, but as a direct descriptor. Linux 5.15.
 
@@ -717,6 +731,7 @@ class Chain:
         self._link = link
         return position
 
+    @enable_ki_protection
     async def run(self) -> list[Any]:
         """Runs the batch the chain belongs to; see `Batch.run`."""
         return await self._batch.run()
@@ -802,6 +817,7 @@ class Chains:
         self._steps.append(column)
         self._links.append(link)
 
+    @enable_ki_protection
     async def run(self) -> list[list[Any]]:
         """Runs the chains as one batch; see `Batch.run`.
 

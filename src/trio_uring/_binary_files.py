@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 import trio
 from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled, enable_ki_protection
 
+from ._cancel import raise_later
 from ._core import MAX_RW_COUNT, _this_thread, notify_closing
 from ._errors import UnsupportedOperation as MissingInKernel
 from ._file_ops import READ, WRITE, fadvise, fallocate, fdatasync, fsync, ftruncate, readv, writev
@@ -1200,9 +1201,10 @@ class Buffered(AsyncFile):
             try:
                 while size - sent > keep:
                     sent += await self._raw._put(data, size, sent)
-            except trio.Cancelled:
+            except (trio.Cancelled, KeyboardInterrupt) as exc:
                 if not sent:
                     raise
+                raise_later(exc)
         self._take(data, sent)
 
     async def _drain(self) -> None:

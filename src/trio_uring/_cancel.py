@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -273,6 +274,14 @@ class Retry(NamedTuple):
 def closed_error() -> trio.ClosedResourceError:
     """For a task whose fd was closed by another."""
     return trio.ClosedResourceError("another task closed this fd")
+
+
+def raise_later(interruption: BaseException) -> None:
+    """For a call that has done something and returns it, and is protected from Ctrl-C: the next checkpoint raises what
+    has interrupted it. A cancelled scope does so by itself. Ctrl-C was told once, so it is told again.
+    """
+    if isinstance(interruption, KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def _raise_closed() -> NoReturn:

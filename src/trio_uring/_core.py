@@ -108,6 +108,13 @@ POLL_OUT: Final[Kind[int]] = Kind(
 )
 
 
+_EVENTS_OF: Final = {POLL_IN: select.POLLIN, POLL_OUT: select.POLLOUT}
+_ALWAYS_REPORTED: Final = select.POLLERR | select.POLLHUP | select.POLLNVAL
+
+_WITH_TASK: Final = frozenset({State.STAGED, State.IN_FLIGHT, State.CANCELLING})
+"""States in which a parked task waits for a CQE."""
+_WITH_OR_WITHOUT_TASK: Final = _WITH_TASK | {State.DETACHED}
+
 _ANY_POLL: Final = replace(POLL_IN, name="wait_until_ready", summary="a wait before another try", direction=None)
 
 
@@ -307,7 +314,7 @@ def _refuse(kind: Kind[Any], *args: object, **kwargs: object) -> NoReturn:
 
 
 def ring_failed(cause: BaseException) -> RingError:
-    """For a task that waits for what will never come. In such a run the ring is not what ends the run."""
+    """For a task that waits for what will never come. The run itself goes on."""
     error = RingError(f"the ring of this run has failed: {cause!r}")
     error.__cause__ = cause
     return error
@@ -396,12 +403,18 @@ class UringIOManager:
             if self._owner is not None:
                 return self._wait_in_worker(timeout)
             self.own_ring()
-        events = self.ring.tick(timeout)
-        self._now = 0.0
-        if events:
-            self._unprocessed = iter(events)
-        elif self._notify_fd is not None:  # guest mode: a worker may be about to wait
-            self.ring.register_eventfd(self._notify_fd)
+        if self.failure is not None:
+            return self._poll(timeout)
+        try:
+            events = self.ring.tick(timeout)
+            self._now = 0.0
+            if events:
+                self._unprocessed = iter(events)
+            elif self._notify_fd is not None:  # guest mode: a worker may be about to wait
+                self.ring.register_eventfd(self._notify_fd)
+        except (OSError, RingError) as exc:
+            self._fail_unless_forked(exc)
+            return [0, 0, 0]
         return events
 
     def process_events(self, events: list[int]) -> None:
@@ -443,7 +456,7 @@ class UringIOManager:
         for operation in tuple(operations):
             operation.fd_closing(number)
         if operations and self._owner is not None:  # those that are left are with the kernel
-            self.ring.flush()
+            self._flush()
 
     def force_wakeup(self) -> None:
         """Ends the current or the next wait early. Callable from any thread; after `close` it does nothing."""
@@ -533,7 +546,7 @@ class UringIOManager:
         self._cancels_asked += not again
         self.ring.stage(_CANCEL_HEAD, -1, 0, token, 0, 0, notice)
         if self._worker_waits:
-            self.ring.flush()
+            self._flush()
 
     def hand_over(self, operation: Operation) -> None:
         """Gives an idle operation to the task that waits longest; it goes on when it has as many as it needs."""
@@ -961,10 +974,88 @@ class UringIOManager:
         self._slots[shots.index] = shots.borrowed
         self.give_back((shots.borrowed,))
 
+    # A ring that has failed
+
+    def fail(self, cause: BaseException) -> None:
+        """The ring cannot be relied on any more: whoever waits for it hears of it, and whoever comes later. Where it is
+        the run's own I/O manager, those who wait until an fd is ready still do; see `_poll`.
+        """
+        if self.failure is not None:
+            return
+        self.failure = cause
+        self._worker_waits = False
+        while self._queue:
+            waiting, _ = self._queue.popitem()
+            trio.lowlevel.reschedule(waiting, outcome.Error(ring_failed(cause)))
+        self.registered.fail(ring_failed(cause))
+        self.mail.fail(ring_failed(cause))
+        for operation in self._operations():
+            task = operation.task
+            if isinstance(operation, Shots):
+                operation.receiver.fail(ring_failed(cause))
+            elif task is None or operation.state not in _WITH_TASK or (self.native and operation.kind.readiness):
+                continue
+            else:
+                self.wake(task, outcome.Error(ring_failed(cause)))
+            with contextlib.suppress(RingError, OSError):  # what it has in the ring's tables goes with the ring
+                operation.abandon()
+        self.perform = self._perform_without_ring  # type: ignore[assignment, method-assign]
+        self.receive = self._refuse_to_receive  # type: ignore[assignment, method-assign]
+
+    def _fail_unless_forked(self, cause: OSError | RingError) -> None:
+        """In a forked child nobody has asked for the run to go on."""
+        if self.ring.forked:
+            raise cause
+        self.fail(cause)
+
+    def _flush(self) -> None:
+        if self.failure is None:
+            try:
+                self.ring.flush()
+            except (OSError, RingError) as exc:
+                self._fail_unless_forked(exc)
+
+    def _perform_without_ring(self, kind: Kind[T], *args: Any, **kwargs: Any) -> Generator[Any, Any, T]:
+        """`perform`, when the ring has failed."""
+        if not (self.native and kind.readiness):
+            self.check_working()
+        return UringIOManager.perform(self, kind, *args, **kwargs)
+
+    def _refuse_to_receive(self, *_: object) -> NoReturn:
+        assert self.failure is not None
+        raise ring_failed(self.failure)
+
+    def _poll(self, timeout: float) -> list[int]:
+        """`get_events`, when the ring has failed: what it would bring for those who wait until an fd is ready. So the
+        run can end as any other does: threads come back, and what is not on the ring goes on.
+        """
+        waiting = [op for op in self._operations() if op.state in _WITH_OR_WITHOUT_TASK and op.kind.readiness]
+        events = [number for op in waiting if op.task is None for number in (op.token, -errno.ECANCELED, 0)]
+        wanted: dict[int, int] = {self._wakeup.fd: select.POLLIN}
+        for op in waiting:
+            if op.task is not None:
+                wanted[op.fd] = wanted.get(op.fd, 0) | _EVENTS_OF.get(op.kind, select.POLLIN | select.POLLOUT)
+        poll = select.poll()
+        for fd, mask in wanted.items():
+            poll.register(fd, mask)
+        ready = dict(poll.poll(0 if events else math.ceil(timeout * 1000)))
+        if ready.pop(self._wakeup.fd, 0):
+            _drain_eventfd(self._wakeup.fd)
+            events += [0, 0, 0]
+        for op in waiting:
+            revents = ready.get(op.fd, 0) & (_EVENTS_OF.get(op.kind, ~0) | _ALWAYS_REPORTED)
+            if op.task is not None and revents:
+                if self.ring.is_staged(op.number):
+                    self.ring.neutralise(op.number)
+                events += [op.token, revents, 0]
+        return events
+
     # Guest mode
 
     def _wait_in_worker(self, timeout: float) -> list[int]:
         """`get_events` in a thread that may not enter the ring: waits, and has `process_events` reap."""
+        if self.failure is not None:
+            return self._poll(timeout)
         if self._notify_fd is None:
             self._notify_wanted = True  # only the owner may register one
             return [0, 0, 0]
@@ -997,6 +1088,8 @@ class UringIOManager:
             if get_ident() == self._owner:
                 while self._in_kernel() and (left := deadline - monotonic()) > 0:
                     self.process_events(self.ring.tick(min(left, 1.0)))
+        except (OSError, RingError):  # of which the run has heard, or it is told what is left over
+            pass
         finally:
             left_over = self._in_kernel()
             if left_over:
@@ -1049,6 +1142,7 @@ def on_ring() -> bool:
     return found is not no_manager and trio.lowlevel.in_trio_task()
 
 
+@enable_ki_protection
 def notify_closing(fd: int | HasFileno) -> None:
     """Tells whoever waits for an fd that it will be closed: `trio.lowlevel.notify_closing`, for the ring as well.
 

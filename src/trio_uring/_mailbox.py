@@ -120,9 +120,11 @@ class Mailbox(Generic[T]):
         if self._manager is not _this_thread.manager:
             raise RuntimeError("a mailbox belongs to the trio run that made it; others only send")
 
+    @enable_ki_protection
     def __enter__(self) -> Self:
         return self
 
+    @enable_ki_protection
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -172,6 +174,7 @@ class Mailbox(Generic[T]):
     def __aiter__(self) -> Self:
         return self
 
+    @enable_ki_protection
     async def __anext__(self) -> T | int:
         try:
             return await self.receive()

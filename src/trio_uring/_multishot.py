@@ -257,9 +257,11 @@ class BufferPool:
                 self._manager.registered.close_buffers(self._ring)
             self._closed = True
 
+    @enable_ki_protection
     def __enter__(self) -> Self:
         return self
 
+    @enable_ki_protection
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -601,9 +603,11 @@ class BufferView:
     def __enter__(self) -> memoryview:
         return self._memory
 
+    @enable_ki_protection
     def __exit__(self, *_: object) -> None:
         self.release()
 
+    @enable_ki_protection
     def release(self) -> None:
         """Gives the buffer back. Idempotent."""
         if self._take_back():
@@ -763,6 +767,7 @@ class Messages(_Received[Message]):
         self.leftover.append((data, rest, flags, address))
 
 
+@enable_ki_protection  # what is made here must not close the fd
 def _kind_of_socket(fd: int) -> socket.SocketKind | None:
     """SOCK_STREAM and so on; None: it is no socket, or the operation will say what is wrong with it."""
     try:

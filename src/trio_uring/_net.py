@@ -50,6 +50,7 @@ def _over_ours(made: OverSocket) -> OverSocket:
     return made
 
 
+@enable_ki_protection
 async def open_tcp_stream(
     host: str | bytes, port: int, *, happy_eyeballs_delay: float | None = 0.25, local_address: str | None = None
 ) -> trio.SocketStream:
@@ -71,6 +72,7 @@ async def open_tcp_stream(
     )
 
 
+@enable_ki_protection
 async def open_unix_socket(filename: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> trio.SocketStream:
     """`trio.open_unix_socket`: connects to a UNIX socket.
 
@@ -85,6 +87,7 @@ async def open_unix_socket(filename: str | bytes | os.PathLike[str] | os.PathLik
     return _over_ours(await trio.open_unix_socket(filename))
 
 
+@enable_ki_protection
 async def open_tcp_listeners(
     port: int, *, host: str | bytes | None = None, backlog: int | None = None
 ) -> list[trio.SocketListener]:
@@ -148,6 +151,7 @@ class AcceptAhead(trio.abc.Listener[trio.SocketStream]):
         self._connections = accept_multishot(sock.fileno(), stdlib_socket.SOCK_NONBLOCK, limit=limit)
         self._begun = False
 
+    @enable_ki_protection
     async def __aenter__(self) -> Self:
         await self._connections.__aenter__()
         self._begun = True
@@ -176,6 +180,7 @@ class AcceptAhead(trio.abc.Listener[trio.SocketStream]):
         """Accepts no more. Those that have been accepted are still to be taken."""
         await self._connections.stop()
 
+    @enable_ki_protection
     async def aclose(self) -> None:
         """Closes the listener, and the connections that nobody has taken."""
         try:

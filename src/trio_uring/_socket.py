@@ -138,10 +138,12 @@ class UringSocket(SocketBase):
         self.streams: Final = _type(sock) == _STREAM
         self.more = False  # is there something to receive, most likely?
 
+    @enable_ki_protection
     def dup(self) -> UringSocket:
         """As `socket.socket.dup`."""
         return UringSocket(self._sock.dup())
 
+    @enable_ki_protection
     def close(self) -> None:
         """As `socket.socket.close`. Tasks that wait get `trio.ClosedResourceError`; the peer hears of it at once."""
         if self._sock.fileno() >= 0:
@@ -152,10 +154,12 @@ class UringSocket(SocketBase):
         """Waits until there is room to send; see `trio.lowlevel.wait_writable`."""
         await _wait_writable(self._sock)
 
+    @enable_ki_protection
     def __exit__(self, *exc_info: object) -> None:
         self._tell_waiters()
         self._sock.close()
 
+    @enable_ki_protection
     def detach(self) -> int:
         """As `socket.socket.detach`. Tasks that wait get `trio.ClosedResourceError`."""
         self._tell_waiters()

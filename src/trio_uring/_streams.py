@@ -59,6 +59,11 @@ async def _receive_some(self: trio.SocketStream, max_bytes: int | None = None) -
     return await _stock_receive_some(self, max_bytes)
 
 
+def _pin(data: Any) -> Any:
+    """What holds it for the kernel. Not to be kept in a frame: a traceback keeps that."""
+    return data if type(data) is bytes else from_buffer(CHARS, data)
+
+
 @enable_ki_protection
 async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryview) -> None:
     """See `trio.SocketStream`."""
@@ -77,12 +82,10 @@ async def _send_all(self: trio.SocketStream, data: bytes | bytearray | memoryvie
             if manager.is_lone():
                 sent = await socket.send_now(data)
             else:
-                pin = data if whole is data else from_buffer(CHARS, data)
-                sent = await manager.perform(SEND_UNCOUNTED, fd, 0, pin, -1, WHAT_FITS)
+                sent = await manager.perform(SEND_UNCOUNTED, fd, 0, _pin(data), -1, WHAT_FITS)
             while sent < len(whole):  # asks for the fd again: after a close, the number may be another's
                 fd = socket._sock.fileno()
-                rest = from_buffer(CHARS, memoryview(whole)[sent:])
-                sent += await manager.perform(SEND_UNCOUNTED, fd, 0, rest, -1, WHAT_FITS)
+                sent += await manager.perform(SEND_UNCOUNTED, fd, 0, _pin(memoryview(whole)[sent:]), -1, WHAT_FITS)
         except OSError as exc:
             raise _stream_error(exc) from exc
         finally:

@@ -314,9 +314,11 @@ class RegisteredBuffer:
             self._manager.registered.remove_buffer(self._index)
             self._pin = None
 
+    @enable_ki_protection
     def __enter__(self) -> Self:
         return self
 
+    @enable_ki_protection
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:

@@ -24,9 +24,10 @@ import trio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.streams.stapled import MultiListener
 from anyio.streams.tls import TLSStream
+from trio.lowlevel import enable_ki_protection
 
 from ._anyio_files import RingFile, for_anyio, on_trio, open_for_anyio
-from ._binary_files import AsyncFile
+from ._binary_files import AsyncFile, protected
 from ._mount import ring_at_hand, ring_wanted
 from ._path import RING_METHODS, ring_or
 from ._socket import on_the_ring
@@ -93,11 +94,11 @@ def _need_trio() -> None:
 
 
 def _as_anyios(stock: F) -> Callable[[Callable[..., Awaitable[Any]]], F]:
-    """Signature and types are those of anyio's function, in whichever release."""
+    """Signature and types are those of anyio's function, in whichever release. What it makes is not lost to Ctrl-C."""
 
     def decorate(ours: Any) -> Any:
         ours.__signature__ = inspect.signature(stock)
-        return ours
+        return enable_ki_protection(ours)
 
     return decorate
 
@@ -260,6 +261,7 @@ def _unwrapped(file: object) -> Any:
     return unwrapped
 
 
+@protected
 class FileReadStream(anyio.streams.file.FileReadStream):
     """`anyio.streams.file.FileReadStream` on the ring: a stream of the bytes of a file.
 
@@ -274,6 +276,7 @@ class FileReadStream(anyio.streams.file.FileReadStream):
         super().__init__(self._ring_file)
 
     @classmethod
+    @enable_ki_protection
     async def from_path(cls, path: str | os.PathLike[str]) -> Self:
         """Opens a file to read it.
 
@@ -314,6 +317,7 @@ class FileReadStream(anyio.streams.file.FileReadStream):
         await self._ring_file.aclose()
 
 
+@protected
 class FileWriteStream(anyio.streams.file.FileWriteStream):
     """`anyio.streams.file.FileWriteStream` on the ring: a stream into a file.
 
@@ -328,6 +332,7 @@ class FileWriteStream(anyio.streams.file.FileWriteStream):
         super().__init__(self._ring_file)
 
     @classmethod
+    @enable_ki_protection
     async def from_path(cls, path: str | os.PathLike[str], append: bool = False) -> Self:
         """Opens a file to write it, from its beginning or at its end.
 

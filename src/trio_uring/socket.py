@@ -10,6 +10,7 @@ import socket as _stdlib_socket
 from typing import SupportsIndex as _SupportsIndex
 
 import trio as _trio
+from trio.lowlevel import enable_ki_protection as _enable_ki_protection
 from trio.socket import *  # noqa: F403 - whatever is there
 
 from ._mount import ring_at_hand as _ring_at_hand
@@ -23,7 +24,8 @@ def from_stdlib_socket(sock: _stdlib_socket.socket) -> UringSocket:  # type: ign
     return UringSocket(sock)
 
 
-def socket(  # type: ignore[no-redef]
+@_enable_ki_protection  # type: ignore[no-redef]
+def socket(
     family: int = _stdlib_socket.AF_INET,
     type: int = _stdlib_socket.SOCK_STREAM,
     proto: int = 0,
@@ -34,7 +36,8 @@ def socket(  # type: ignore[no-redef]
     return _on_the_ring(_trio.socket.socket(family, type, proto, fileno))
 
 
-def socketpair(  # type: ignore[no-redef]
+@_enable_ki_protection  # type: ignore[no-redef]
+def socketpair(
     family: int | None = None,
     type: int = _stdlib_socket.SOCK_STREAM,
     proto: int = 0,
@@ -45,7 +48,8 @@ def socketpair(  # type: ignore[no-redef]
     return UringSocket(left), UringSocket(right)
 
 
-def fromfd(  # type: ignore[no-redef]
+@_enable_ki_protection  # type: ignore[no-redef]
+def fromfd(
     fd: _SupportsIndex,
     family: int = _stdlib_socket.AF_INET,
     type: int = _stdlib_socket.SOCK_STREAM,

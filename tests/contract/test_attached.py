@@ -382,7 +382,13 @@ class Failure(Exception):
     """What a hook is made to raise."""
 
 
-FAIL_IN = {"tick": ("ring", "tick"), "process": ("manager", "process_events"), "register": ("ring", "register_eventfd")}
+FAIL_IN = {
+    "before": ("manager", "before_wait"),
+    "after": ("manager", "after_wait"),
+    "tick": ("ring", "tick"),
+    "process": ("manager", "process_events"),
+    "register": ("ring", "register_eventfd"),
+}
 
 
 @pytest.fixture(params=FAIL_IN)

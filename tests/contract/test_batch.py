@@ -1048,6 +1048,31 @@ async def test_cancelled_while_it_tries_again(bench: Bench) -> None:
         assert os.read(bench.keep(fd), 9) == b"x"
 
 
+def test_ctrl_c_while_it_tries_again(mount: Mount, bench: Bench) -> None:
+    """As a cancel: what the others have done is not lost. Then it is raised."""
+    buffer = bytearray(5)
+    read_end, _ = bench.pipe()
+    results: list[Any] = []
+
+    async def interrupt() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        signal.raise_signal(signal.SIGINT)
+
+    async def main() -> None:
+        new = batch()
+        new._one_by_one().append(impatient(read_end, buffer))
+        new.add(lowlevel.openat, bench.path(), os.O_RDONLY)
+        trio.lowlevel.spawn_system_task(interrupt)
+        results.extend(await new.run())
+        with no_garbage_collection():
+            assert not pinned(buffer)
+        await trio.lowlevel.checkpoint()
+
+    with pytest.raises(KeyboardInterrupt):
+        mount.run(main)
+    assert errnos(results) == [errno.ECANCELED, bench.keep(results[1])]
+
+
 async def test_closed_while_it_tries_again(bench: Bench) -> None:
     """The error is a result that holds nothing."""
     pipes = [bench.pipe() for _ in range(2)]
