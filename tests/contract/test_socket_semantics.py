@@ -515,6 +515,22 @@ async def test_buffers_come_back_whatever_becomes_of_a_receive(world: World) -> 
 
 
 @pytest.mark.parametrize("traffic", [False], indirect=True)
+@pytest.mark.usefixtures("few_buffers", "traffic")
+async def test_what_nobody_receives_keeps_no_buffer(world: World) -> None:
+    """The coroutine is closed when the kernel has put something into one."""
+    a, b = await world.pair("pair stream")
+    for _ in range(5):
+        await b.send(DATA)
+        coroutine = a.recv(9)
+        assert coroutine.send(None) is not None
+        manager().ring.flush()
+        spin_until(manager().ring.pending)
+        coroutine.close()
+        await trio.testing.wait_all_tasks_blocked()
+    await check_all_buffers_are_back()
+
+
+@pytest.mark.parametrize("traffic", [False], indirect=True)
 @pytest.mark.usefixtures("doors_open", "traffic")
 @pytest.mark.parametrize("when", ["waits", "has data", "has been cancelled"])
 def test_a_run_that_crashes(mount: Mount, when: str) -> None:
