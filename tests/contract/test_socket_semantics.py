@@ -528,6 +528,10 @@ async def test_what_nobody_receives_keeps_no_buffer(world: World) -> None:
         coroutine.close()
         await trio.testing.wait_all_tasks_blocked()
     await check_all_buffers_are_back()
+    async with trio.open_nursery() as nursery:
+        attempt = await parked(nursery, a.recv, 9)
+        assert [op.operation for op in statistics().operations if op.fd == a.fileno()] == ["recv"]  # or it has none
+        assert await attempt.cancel()
 
 
 @pytest.mark.parametrize("traffic", [False], indirect=True)
