@@ -403,7 +403,7 @@ def test_what_is_left_behind_is_told(runner: str, mount: str, session: Session) 
 )
 def test_the_look_for_it_can_be_switched_off(options: list[str], ini: str, session: Session) -> None:
     result = session(LEAVES_BEHIND.replace("RUNNER", "trio"), *options, ini=ini)
-    result.assert_outcomes(passed=7 if ini else 3, deselected=0 if ini else 4)
+    result.assert_outcomes(passed=8 if ini else 3, deselected=0 if ini else 5)
 
 
 def test_a_marker_switches_it_off_or_on(session: Session) -> None:
@@ -430,6 +430,27 @@ def test_a_marker_switches_it_off_or_on(session: Session) -> None:
                 leave()
     """
     session(source, "--trio-uring=native").assert_outcomes(passed=3, errors=1)
+
+
+def test_another_file_by_a_number_that_was_there(session: Session) -> None:
+    source = """
+        import os
+        import pytest
+
+        @pytest.fixture(scope="module")
+        def wide():
+            return os.open(__file__, os.O_RDONLY)
+
+        def test_keeps(wide):
+            pass
+
+        def test_replaces(wide):
+            with open("/dev/null") as file:
+                os.dup2(file.fileno(), wide)
+    """
+    result = session(source, "--trio-uring=native")
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_replaces *", "left behind by this test: fd * (/dev/null)"])
 
 
 CLEAN: Final = """
