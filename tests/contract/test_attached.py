@@ -377,7 +377,12 @@ class Failure(Exception):
     """What a hook is made to raise."""
 
 
-FAIL_IN = {"tick": ("ring", "tick"), "process": ("manager", "process_events"), "register": ("ring", "register_eventfd")}
+FAIL_IN = {
+    "tick": ("ring", "tick"),
+    "process": ("manager", "process_events"),
+    "register": ("ring", "register_eventfd"),
+    "after the wait": ("ring", "register_eventfd"),  # to take it out again
+}
 
 
 @pytest.fixture(params=FAIL_IN)
@@ -389,8 +394,12 @@ def fail(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     def start() -> None:
         current = manager()
         owner: Any = current if where == "manager" else current.ring
+        works = getattr(owner, name)
 
-        def raise_failure(*_: object) -> None:
+        def raise_failure(*args: object) -> None:
+            if request.param == "after the wait" and args != (-1,):
+                works(*args)
+                return
             mend()
             raise Failure
 
@@ -400,6 +409,8 @@ def fail(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
         setattr(owner, name, raise_failure)
         if where == "manager":
             current.force_wakeup()  # something to process
+        if request.param == "after the wait":
+            trio.lowlevel.spawn_system_task(trio.sleep, 0.001)  # ends it
         broken.append((owner, name))
 
     yield start
