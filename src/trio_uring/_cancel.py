@@ -262,6 +262,9 @@ class Owner(Protocol):
     def buffer_unread(self, flags: int) -> None:
         """Nobody takes what the kernel has put into the provided buffer that the CQE's flags name."""
 
+    def check_still_open(self, fd: int, siblings: set[Operation]) -> None:
+        """Raises `trio.ClosedResourceError` if the fd that these operations are about has been closed."""
+
 
 class Retry(NamedTuple):
     """What a task does about a result that is not its to see: submit the operation once more."""
@@ -614,6 +617,7 @@ class Operation(Slot):
             self.pick_up()
         else:
             self.judge(res, None)
+        self.owner.check_still_open(self.fd, self.siblings)
 
     def __repr__(self) -> str:
         name = self.kind.name if hasattr(self, "kind") else "-"

@@ -675,10 +675,10 @@ class UringIOManager:
                         raise closed_error()
                     return operation.take_result(res)  # type: ignore[no-any-return]
                 wait_for, pin, keep = operation.judge(res, filename)
-                self._check_still_open(fd, siblings)
+                self.check_still_open(fd, siblings)
                 if wait_for:
                     yield from self._until_ready(kind, fd, wait_for)
-                    self._check_still_open(fd, siblings)
+                    self.check_still_open(fd, siblings)
         except BaseException:
             pin = keep = res = None  # a traceback keeps this frame
             raise
@@ -795,7 +795,7 @@ class UringIOManager:
         else:
             yield from self.perform(POLL_IN if kind.direction else _ANY_POLL, fd, op_flags=events)
 
-    def _check_still_open(self, fd: int, siblings: set[Operation]) -> None:
+    def check_still_open(self, fd: int, siblings: set[Operation]) -> None:
         """The number may name another file by now. `notify_closing` has taken the set away then."""
         if self._by_fd.get(fd) is not siblings:
             raise closed_error()
@@ -811,7 +811,7 @@ class UringIOManager:
         revents = yield from self.perform(kind, fd, op_flags=select.POLLOUT)
         if revents != select.POLLRDHUP:
             return
-        self._check_still_open(fd, siblings)
+        self.check_still_open(fd, siblings)
         with contextlib.closing(select.epoll()) as epoll:
             epoll.register(fd, select.EPOLLOUT)
             yield from self.perform(kind, fd, op_flags=select.POLLIN, via=epoll.fileno())
@@ -856,7 +856,7 @@ class UringIOManager:
         yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105
         try:
             for fd, operations in siblings:
-                self._check_still_open(fd, operations)
+                self.check_still_open(fd, operations)
         except trio.ClosedResourceError:
             self.give_back(waiting.got)
             raise

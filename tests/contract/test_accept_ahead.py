@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ from trio_uring.socket import UringSocket
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -94,6 +97,39 @@ async def test_nobody_is_accepted_beyond_the_limit(clients: ExitStack) -> None:
         assert 4 <= accepted <= 8
         for _ in range(20):
             await (await ahead.accept()).aclose()
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET6, socket.AF_UNIX])
+async def test_connections_are_of_their_listeners_family(clients: ExitStack, tmp_path: Path, family: int) -> None:
+    with socket.socket(family) as plain:
+        plain.bind(str(tmp_path / "socket") if family == socket.AF_UNIX else ("::1", 0))
+        plain.listen()
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(plain.dup()))
+    async with AcceptAhead(listener) as ahead:
+        peer = clients.enter_context(socket.socket(family))
+        peer.connect(listener.socket.getsockname())
+        async with await ahead.accept() as stream:
+            assert (stream.socket.family, stream.socket.type) == (family, socket.SOCK_STREAM)
+            assert stream.socket.getsockname() == peer.getpeername()
+
+
+async def test_no_fds_are_left(clients: ExitStack) -> None:
+    """It is told, and accepts again when there are."""
+    listener = await _listener()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with AcceptAhead(listener) as ahead:
+        peer = _connect(clients, listener)
+        top = os.dup(peer.fileno())
+        os.close(top)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files") as raised:
+                await ahead.accept()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert raised.value.errno == errno.EMFILE
+        async with await ahead.accept() as stream:
+            assert stream.socket.getpeername() == peer.getsockname()
 
 
 async def test_closing_closes_what_nobody_has_taken(clients: ExitStack) -> None:

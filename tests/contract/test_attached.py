@@ -96,6 +96,12 @@ async def _buffers(path: Path) -> object:
         return True
 
 
+async def _listen(path: Path) -> object:
+    (listener,) = await trio_uring.open_tcp_listeners(0, host="127.0.0.1")
+    await listener.aclose()
+    return True
+
+
 async def _ticks(path: Path) -> object:
     async with lowlevel.timeout_multishot(0.001) as ticks:
         return await ticks.__anext__()
@@ -110,6 +116,7 @@ FIRST_CALLS: dict[str, Callable[[Path], Awaitable[object]]] = {
     "nop": lambda path: lowlevel.nop(),
     "batch": _batch,
     "buffers": _buffers,
+    "listen": _listen,
     "ticks": _ticks,
 }
 

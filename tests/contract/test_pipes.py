@@ -19,7 +19,7 @@ import trio.testing
 from trio.lowlevel import FdStream
 
 import trio_uring
-from tests.helpers import REQUIRED, Attempt, installed, parked
+from tests.helpers import REQUIRED, Attempt, installed, manager, parked
 from trio_uring import RingConfig, statistics
 
 if TYPE_CHECKING:
@@ -295,6 +295,29 @@ async def test_closing_in_a_partial_write_spares_the_next_of_that_number() -> No
         with pytest.raises(BlockingIOError):
             os.read(read_end, 1)
         for fd in others:
+            os.close(fd)
+
+
+@pytest.mark.native("beside trio's own manager the stream is trio's")
+async def test_nor_does_what_is_left_go_there() -> None:
+    """The same, but that the task has yet to hear of the part that is written."""
+    sender, receiver = await pipe()
+    number = sender.fileno()
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+
+    def replace() -> None:
+        os.read(receiver.fileno(), 1 << 16)
+        manager().ring.flush()  # writes a second part
+        sender.close()
+        os.dup2(write_end, number)
+
+    async with receiver, trio.open_nursery() as nursery:
+        attempt = Attempt(nursery, sender.send_all, LARGE, once_parked=replace)
+        with pytest.raises(trio.ClosedResourceError):
+            await attempt.result()
+        with pytest.raises(BlockingIOError):
+            os.read(read_end, 1)
+        for fd in (read_end, write_end, number):
             os.close(fd)
 
 

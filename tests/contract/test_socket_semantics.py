@@ -66,12 +66,11 @@ async def full_pair(world: World, *, half_closed: bool = False) -> tuple[Any, An
         b.shutdown(socket.SHUT_WR)
     a.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     size = 0
-    while True:  # until it stays full
-        more = fill(lambda: a._sock.send(bytes(65536)))
+    while more := fill(lambda: a._sock.send(bytes(65536))):
         size += more
+        b.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         spin_until(lambda: is_acknowledged(a._sock))
-        if not more:
-            return a, b, size
+    return a, b, size
 
 
 async def blocked(world: World, name: str) -> tuple[Any, Any, int]:
@@ -278,6 +277,33 @@ async def test_nothing_crosses_to_the_next_owner_of_the_number(world: World, nam
             os.close(fd)
 
 
+@pytest.mark.native("the close comes inside of an Instrument, where a ring beside trio's manager may not add its own")
+@pytest.mark.usefixtures("traffic")
+@pytest.mark.parametrize("how", CLOSES)
+@pytest.mark.parametrize("name", ["send_all", "send_all a bytearray", "send_all a view"])
+async def test_the_rest_of_a_send_all_does_not_cross_either(world: World, name: str, how: str) -> None:
+    """A part is sent, the task does not know it yet, and the number is another's."""
+    a, b = await world.pair("tcp")
+    new, peer = await world.pair("tcp")
+    fd = a.fileno()
+
+    def replace() -> None:
+        manager().ring.flush()
+        CLOSES[how](a)
+        os.dup2(new.fileno(), fd)
+
+    async with trio.open_nursery() as nursery:
+        attempt = Attempt(nursery, USES[name], a, once_parked=replace)
+        try:
+            with pytest.raises(trio.ClosedResourceError):
+                await attempt.result()
+            await trio.testing.wait_all_tasks_blocked()
+            assert not peer.is_readable()
+        finally:
+            os.close(fd)
+    assert 0 < read_to_the_end(b) < len(BIG)
+
+
 @pytest.mark.parametrize("traffic", [False], indirect=True)
 @pytest.mark.usefixtures("traffic")
 async def test_reused_numbers_under_load(world: World) -> None:
@@ -364,6 +390,23 @@ async def test_a_peer_that_has_half_closed_and_stalls(world: World, name: str) -
 
 
 @pytest.mark.usefixtures("traffic")
+@pytest.mark.parametrize("name", ["send", "send_all"])
+async def test_a_send_when_somebody_has_made_the_socket_block(world: World, name: str) -> None:
+    """The mode is of the open file, which a child may share. The task waits, and not the run."""
+    a, b, size = await full_pair(world)
+    os.set_blocking(a.fileno(), True)
+    async with trio.open_nursery() as nursery:
+        attempt = await parked(nursery, SENDS[name], a)
+        got = 0
+        while not attempt.done:
+            got += len(await b.recv(1 << 20) if b.is_readable() else b"")
+            await trio.lowlevel.checkpoint()
+    a.close()
+    got += read_to_the_end(b)
+    assert got == size + (len(BIG) if name == "send_all" else attempt.value)
+
+
+@pytest.mark.usefixtures("traffic")
 async def test_a_peer_that_has_half_closed_and_stalls_takes_no_worker(world: World) -> None:
     """The kernel tries again whenever it polls; after 128 tries a thread of its own would wait for it."""
     a, _, _ = await full_pair(world, half_closed=True)
@@ -415,6 +458,21 @@ async def test_more_is_ready_than_there_are_buffers(world: World) -> None:
     await check_all_buffers_are_back()
 
 
+@pytest.mark.usefixtures("few_buffers", "traffic")
+@pytest.mark.parametrize("name", ["recv", "receive_some"])
+async def test_what_has_been_received_stays(world: World, name: str) -> None:
+    """Although what comes next comes by the same buffers."""
+    a, b = await world.pair("pair stream")
+    received = []
+    for n in range(9):
+        async with trio.open_nursery() as nursery:
+            attempt = await parked(nursery, USES[name], a)
+            await b.send(bytes([n]))
+            received.append(await attempt.result())
+    assert [type(data) for data in received] == [bytes] * 9
+    assert b"".join(received) == bytes(range(9))
+
+
 @pytest.mark.parametrize("traffic", [False], indirect=True)
 @pytest.mark.usefixtures("few_buffers", "traffic")
 async def test_buffers_come_back_whatever_becomes_of_a_receive(world: World) -> None:
@@ -451,6 +509,26 @@ async def test_buffers_come_back_whatever_becomes_of_a_receive(world: World) -> 
 
 
 @pytest.mark.parametrize("traffic", [False], indirect=True)
+@pytest.mark.usefixtures("few_buffers", "traffic")
+async def test_what_nobody_receives_keeps_no_buffer(world: World) -> None:
+    """The coroutine is closed when the kernel has put something into one."""
+    a, b = await world.pair("pair stream")
+    for _ in range(5):
+        await b.send(DATA)
+        coroutine = a.recv(9)
+        assert coroutine.send(None) is not None
+        manager().ring.flush()
+        spin_until(manager().ring.pending)
+        coroutine.close()
+        await trio.testing.wait_all_tasks_blocked()
+    await check_all_buffers_are_back()
+    async with trio.open_nursery() as nursery:
+        attempt = await parked(nursery, a.recv, 9)
+        assert [op.operation for op in statistics().operations if op.fd == a.fileno()] == ["recv"]  # or it has none
+        assert await attempt.cancel()
+
+
+@pytest.mark.parametrize("traffic", [False], indirect=True)
 @pytest.mark.usefixtures("doors_open", "traffic")
 @pytest.mark.parametrize("when", ["waits", "has data", "has been cancelled"])
 def test_a_run_that_crashes(mount: Mount, when: str) -> None:
@@ -480,6 +558,32 @@ def test_a_run_that_crashes(mount: Mount, when: str) -> None:
 
         run_to_a_crash(mount, main)
         a.close()
+
+
+@pytest.mark.ring(max_in_flight=2)
+@pytest.mark.usefixtures("traffic")
+async def test_sockets_need_not_wait_their_turn(world: World, bench: Any) -> None:
+    """Others have all there is, for as long as they like."""
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            await parked(nursery, lowlevel.read, bench.pipe()[0], bytearray(9))
+        listener = await world.listener(socket.AF_INET)
+        accept = await parked(nursery, listener.accept)
+        a = world.new()
+        await a.connect(listener.getsockname())
+        b = world.own((await accept.result())[0])
+        for name in ON_THE_RING:
+            receive = await parked(nursery, USES[name], a)
+            assert statistics().in_flight == 2
+            await b.send(DATA)
+            assert await receive.result() in (DATA, len(DATA))
+        send = await parked(nursery, USES["send_all"], a)
+        got = 0
+        while got < len(BIG):
+            got += len(await b.recv(1 << 20))
+        await send.result()
+        assert await a.send(DATA) == len(DATA)
+        nursery.cancel_scope.cancel()
 
 
 # Kernels that lack something

@@ -268,6 +268,7 @@ def test_sizes_of_receives(same: Any, kind: str, size: int) -> None:
     assert same(receive) == data
 
 
+@pytest.mark.usefixtures("traffic")
 @pytest.mark.parametrize("kind", ["udp", "udp6", "unix dgram", "unix seqpacket", "pair dgram", "pair seqpacket"])
 def test_big_messages(same: Any, kind: str) -> None:
     """They are larger than what the ring has for streams, and stay whole, or are cut where the caller says."""
@@ -275,7 +276,7 @@ def test_big_messages(same: Any, kind: str) -> None:
     async def receive(world: World) -> Any:
         a, b = await world.pair(kind)
         sizes = []
-        for size, room in itertools.product((STREAM_BUFFER_SIZE, 16385, 40000, 60000), (100, 16384, 1 << 20)):
+        for size, room in itertools.product((STREAM_BUFFER_SIZE, 16385, 40000, 60000), (1 << 20, 16384, 100)):
             for how in (a.recv, lambda n: a.recv_into(bytearray(n)), a.recvmsg):
                 assert await b.send(bytes(size)) == size
                 result = await how(room)
@@ -592,6 +593,16 @@ def test_connect_errors(same: Any, tmp_path: Any) -> None:
     assert results["no such name"][0][0] is socket.gaierror
 
 
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_a_failed_connect_tells_the_address(same: Any, family: int, host: str) -> None:
+    async def connect(world: World) -> Any:
+        with pytest.raises(OSError, match=r"Error connecting to .+: ") as caught:
+            await world.new(family).connect((host, 1))
+        return str(caught.value)
+
+    same(connect)
+
+
 @pytest.mark.parametrize("kind", ["udp", "udp6", "unix dgram"])
 def test_connect_of_datagram_sockets(same: Any, kind: str) -> None:
     async def connect(world: World) -> Any:
@@ -670,13 +681,24 @@ def test_accept(same: Any, kind: str) -> None:
                 sock, address = await attempt.result()
             world.own(sock)
             who = {client.getsockname(): "client", listener.getsockname(): "listener"} if named else {}
-            plain = (address == client.getsockname(), type(address), len(address))
+            plain = (address == client.getsockname(), type(address))
             results.append((who.get(address), plain, sock.family, sock.type, sock.proto, sock.get_inheritable()))
             results.append((os.get_blocking(sock.fileno()), type(sock) is type(listener), sock._sock.gettimeout()))
             results.append(sock.getpeername() == client.getsockname())
         return results
 
     same(accept)
+
+
+def test_an_accepted_socket_is_of_its_listeners_protocol(same: Any) -> None:
+    async def accept(world: World) -> Any:
+        listener = world.new(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        await listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        await world.new().connect(listener.getsockname())
+        return world.own((await listener.accept())[0]).proto
+
+    assert same(accept) == socket.IPPROTO_TCP
 
 
 def test_accept_errors(same: Any) -> None:
@@ -909,6 +931,28 @@ def test_busy(same: Any) -> None:
     assert same(use)[0][-1] == (trio.BusyResourceError, None)
 
 
+@pytest.mark.parametrize("kind", ["tcp", "udp"])
+@pytest.mark.parametrize("name", ["recv", "recvfrom", "recvmsg", "recvmsg_into"])
+def test_two_that_wait_for_one_message(same: Any, kind: str, name: str) -> None:
+    """Both are told that there is something. Who finds nothing any more waits on."""
+
+    async def use(world: World) -> Any:
+        a, b = await world.pair(kind)
+        c = world.own(a.dup())
+        async with trio.open_nursery() as nursery:
+            attempts = [await parked(nursery, tried, RECEIVES[name], sock) for sock in (a, c)]
+            done = []
+            for _ in attempts:
+                await b.send(b"abcdef")
+                await trio.testing.wait_all_tasks_blocked()
+                done.append(sum(attempt.done for attempt in attempts))
+            who = addresses_of(a, b)
+            results = [anonymous(await attempt.result(), who) for attempt in attempts]
+        return done, results
+
+    assert same(use)[0] == [1, 2]
+
+
 @pytest.mark.native("beside trio's own I/O manager each of the two knows its own waiters only")
 @pytest.mark.usefixtures("traffic")
 def test_busy_senders(same: Any) -> None:
@@ -945,6 +989,38 @@ def test_a_reset(same: Any) -> None:
         return results
 
     assert same(use)[0] == (ConnectionResetError, errno.ECONNRESET)
+
+
+@pytest.mark.usefixtures("traffic")
+@pytest.mark.parametrize("name", ["receive_some", "send_all", "send_all a view"])
+def test_what_has_broken_a_stream_is_told(same: Any, name: str) -> None:
+    async def use(world: World) -> Any:
+        a, b = await world.pair("tcp")
+        b.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, array.array("i", [1, 0]).tobytes())
+        b.close()
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await METHODS[name](a)
+        cause = caught.value.__cause__
+        assert cause is not None
+        return error(caught.value), error(cause)
+
+    assert same(use)[1][0] in (ConnectionResetError, BrokenPipeError)
+
+
+@pytest.mark.usefixtures("traffic")
+def test_the_number_is_no_socket_any_more(same: Any) -> None:
+    """Somebody has closed it and opened a file: a stream calls that closed, as trio does."""
+
+    async def use(world: World) -> Any:
+        results = {}
+        for name in ("receive_some", "receive_some 1", "send_all", "send_all a view"):
+            a, _ = await world.pair("pair stream")
+            with open("/dev/null") as file:
+                os.dup2(file.fileno(), a.fileno())
+            results[name] = await tried(METHODS[name], a)
+        return results
+
+    assert set(same(use).values()) == {(trio.ClosedResourceError, None)}
 
 
 def test_other_families(same: Any) -> None:

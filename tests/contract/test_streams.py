@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import sys
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import trio.testing
 import trustme
 
 import trio_uring
-from tests.helpers import REQUIRED, World, sockets
+from tests.helpers import REQUIRED, Mount, World, manager, sockets
 from trio_uring.socket import UringSocket
 
 if TYPE_CHECKING:
@@ -191,6 +192,11 @@ def test_other_runs_keep_trios(tmp_path: Path, tls: tuple[ssl.SSLContext, ssl.SS
     assert type(trio.run(_a_socket)) is stock
 
 
+async def test_beside_trios_own_manager_its_names_are_trios(doors_open: None, mount: Mount) -> None:
+    assert manager().native is mount.native
+    assert (type(await _a_socket()) is UringSocket) is mount.native
+
+
 async def _a_socket() -> Any:
     with trio.socket.socket() as sock:
         return sock
@@ -214,3 +220,51 @@ async def test_by_our_names(tmp_path: Path) -> None:
         left, right = socket.socketpair()
         with ours.from_stdlib_socket(left) as adopted, right:
             assert {type(sock) for sock in (a, b, new, copy, adopted)} == {UringSocket}
+
+
+async def test_arguments_of_listeners_and_streams() -> None:
+    (listener,) = await trio_uring.open_tcp_listeners(0, host="127.0.0.1", backlog=7)
+    async with listener:
+        assert _backlog(listener) == 7
+        port = listener.socket.getsockname()[1]
+        async with await trio_uring.open_tcp_stream("127.0.0.1", port, local_address="127.0.0.2") as stream:
+            assert stream.socket.getsockname()[0] == "127.0.0.2"
+
+
+def _backlog(listener: trio.SocketListener) -> int:
+    """What it has been told: of a socket that listens it stands in TCP_INFO, as ``tcpi_sacked``."""
+    info = listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    assert isinstance(info, bytes)
+    return int.from_bytes(info[28:32], sys.byteorder)
+
+
+async def test_handlers_live_where_they_are_told_to() -> None:
+    async def echo(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.send_all(await stream.receive_some())
+
+    async with trio.open_nursery() as handlers:
+        async with trio.open_nursery() as server:
+            serve = partial(trio_uring.serve_tcp, echo, 0, host="127.0.0.1", backlog=7, handler_nursery=handlers)
+            (listener,) = await server.start(serve)
+            assert _backlog(listener) == 7
+            stream = await trio_uring.open_tcp_stream(*listener.socket.getsockname())
+            await trio.testing.wait_all_tasks_blocked()
+            server.cancel_scope.cancel()
+        async with stream:
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+
+
+async def test_sockets_of_a_factory_stay_what_they_are() -> None:
+    class Own(UringSocket):
+        pass
+
+    class Factory(trio.abc.SocketFactory):
+        def socket(self, *args: Any) -> Any:
+            return Own(socket.socket(*args))
+
+    trio.socket.set_custom_socket_factory(Factory())
+    (listener,) = await trio_uring.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener, await trio_uring.open_tcp_stream(*listener.socket.getsockname()) as stream:
+        assert type(listener.socket) is type(stream.socket) is Own

@@ -31,6 +31,7 @@ from tests.helpers import (
 from trio_uring import RingError, _core, _file_ops, _ops, lowlevel
 from trio_uring._cancel import Operation
 from trio_uring._core import UringIOManager
+from trio_uring.socket import from_stdlib_socket
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -391,16 +392,19 @@ def test_abandoned_with_its_thread(bench: Bench, monkeypatch: pytest.MonkeyPatch
 def test_a_task_that_is_gone(mount: Mount, bench: Bench) -> None:
     """Its coroutine was closed while it waited: what arrives for it is disposed of."""
     listener = bench.listener()
+    a, b = bench.sockets()
 
     async def main() -> None:
         wreck = Wreck(bench)
         tasks = [
             wreck.start(lowlevel.accept, listener),
             wreck.start(lowlevel.read, wreck.pipe(), wreck.buffer()),
+            wreck.start(from_stdlib_socket(a).recv, 9),
         ]
         await trio.testing.wait_all_tasks_blocked()
         for task in tasks:
             task.coro.close()
+        b.send(b"hello")
         bench.new_socket().connect(listener.getsockname())
         await trio.testing.wait_all_tasks_blocked()
         wreck.inspect()

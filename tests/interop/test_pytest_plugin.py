@@ -334,6 +334,12 @@ LEAVES_BEHIND: Final = """
             with trio.move_on_after(0.01):
                 await connections.__anext__()
 
+    async def test_multishot_at_rest():
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            connections = lowlevel.accept_multishot(server)
+            kept.append(connections)
+            await connections.__aenter__()
+
     async def test_timer():
         timer = lowlevel.timeout_multishot(60)
         kept.append(timer)
@@ -364,7 +370,7 @@ LEAVES_BEHIND: Final = """
 def test_what_is_left_behind_is_told(runner: str, mount: str, session: Session) -> None:
     source = LEAVES_BEHIND.replace("RUNNER", runner)
     result = session(source, f"--trio-uring={mount}")
-    result.assert_outcomes(passed=7, errors=7)
+    result.assert_outcomes(passed=8, errors=8)
     result.stdout.fnmatch_lines(
         [
             "*ERROR at teardown of test_fd *",
@@ -375,6 +381,8 @@ def test_what_is_left_behind_is_told(runner: str, mount: str, session: Session) 
             "left behind by this test: fd * (*/test_it.py)",
             "*ERROR at teardown of test_multishot *",
             "left behind by this test: accept_multishot in flight on fd * of task * (IN_FLIGHT)",
+            "*ERROR at teardown of test_multishot_at_rest *",
+            "left behind by this test: accept_multishot in flight on fd * of task * (*)",
             "*ERROR at teardown of test_timer *",
             "left behind by this test: timeout_multishot in flight on fd -1 of task * (IN_FLIGHT)",
             "*ERROR at teardown of test_zero_copy *",
@@ -395,7 +403,7 @@ def test_what_is_left_behind_is_told(runner: str, mount: str, session: Session) 
 )
 def test_the_look_for_it_can_be_switched_off(options: list[str], ini: str, session: Session) -> None:
     result = session(LEAVES_BEHIND.replace("RUNNER", "trio"), *options, ini=ini)
-    result.assert_outcomes(passed=7 if ini else 3, deselected=0 if ini else 4)
+    result.assert_outcomes(passed=8 if ini else 3, deselected=0 if ini else 5)
 
 
 def test_a_marker_switches_it_off_or_on(session: Session) -> None:
@@ -422,6 +430,27 @@ def test_a_marker_switches_it_off_or_on(session: Session) -> None:
                 leave()
     """
     session(source, "--trio-uring=native").assert_outcomes(passed=3, errors=1)
+
+
+def test_another_file_by_a_number_that_was_there(session: Session) -> None:
+    source = """
+        import os
+        import pytest
+
+        @pytest.fixture(scope="module")
+        def wide():
+            return os.open(__file__, os.O_RDONLY)
+
+        def test_keeps(wide):
+            pass
+
+        def test_replaces(wide):
+            with open("/dev/null") as file:
+                os.dup2(file.fileno(), wide)
+    """
+    result = session(source, "--trio-uring=native")
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_replaces *", "left behind by this test: fd * (/dev/null)"])
 
 
 CLEAN: Final = """

@@ -28,9 +28,12 @@ from trio_uring._abi import CQE_F_MORE, CQE_F_NOTIF, Opcode
 from trio_uring._cancel import State
 from trio_uring._core import POLL_IN, POLL_OUT
 from trio_uring._ring import ffi
+from trio_uring._socket import RECV_SELECTING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from trio_uring.testing import Entry
 
 FD = 500_000  # no real one
 SIZE = 8
@@ -54,6 +57,21 @@ class Bench(ByHand):
     def on_buffer(self, row: Any, fd: int = FD) -> tuple[Task, bytearray]:
         buffer = bytearray(SIZE)
         return self.start(row, fd, -1, ffi.from_buffer(buffer), -1), buffer
+
+    def receiving(self) -> Task:
+        """A new task receives into whichever of the ring's buffers."""
+
+        async def receive() -> bytes | None:
+            waiting = self.manager.receive(RECV_SELECTING, FD, SIZE)
+            return None if waiting is None else await waiting
+
+        task = Task(receive())
+        self._step(task)
+        return task
+
+    def cancels(self) -> list[Entry]:
+        """What the next tick asks the kernel to cancel."""
+        return [entry for entry in self.ring.staging if entry.opcode == Opcode.ASYNC_CANCEL]
 
     def complete(self, task: Task, res: int, flags: int = 0) -> None:
         """Its operation has a CQE."""
@@ -454,6 +472,24 @@ def test_closed_and_cancelled(bench: Bench, events: list[str], expected: type[Ba
     assert bench.manager.statistics().cancels_asked == 1
 
 
+@pytest.mark.parametrize("receives", [False, True])
+def test_a_cancel_that_comes_between_two_tries_is_asked_again(bench: Bench, receives: bool) -> None:
+    """The kernel does not find the operation, which goes on. What it does not find because it has ended is let be."""
+    task = bench.receiving() if receives else bench.on_buffer(RECV)[0]
+    bench.tick()
+    bench.cancel(task)
+    for _ in range(3):
+        (cancel,) = bench.cancels()
+        assert cancel.addr == task.token
+        bench.ring.answer(cancel.user_data, -errno.ENOENT, 0)
+        bench.tick()
+    assert isinstance(bench.finish(task, -errno.ECANCELED).error, CancelledByTest)
+    bench.ring.answer(cancel.user_data, -errno.ENOENT, 0)
+    bench.tick()
+    assert not bench.cancels()
+    assert bench.manager.statistics().cancels_asked == 1
+
+
 def test_a_result_that_was_there_first_survives_a_close(bench: Bench) -> None:
     task, _ = bench.on_buffer(READ)
     bench.complete(task, SIZE)
@@ -469,6 +505,15 @@ def test_nothing_is_tried_again_on_a_closed_fd(bench: Bench, res: int) -> None:
     assert close_error(bench.resume(task))
     assert FD not in {entry.fd for entry in bench.ring.staging}
     assert not pinned(buffer)
+
+
+@pytest.mark.parametrize("res", [-errno.EINTR, -ERESTARTSYS])
+def test_nothing_is_received_again_from_a_closed_fd(bench: Bench, res: int) -> None:
+    task = bench.receiving()
+    bench.complete(task, res)
+    bench.manager.notify_closing(FD)
+    assert close_error(bench.resume(task))
+    assert FD not in {entry.fd for entry in bench.ring.staging}
 
 
 def test_nothing_is_tried_again_on_an_fd_closed_when_it_became_ready(bench: Bench) -> None:

@@ -59,6 +59,16 @@ class Nobody:
     """An owner that is not needed."""
 
 
+class OpenForEver:
+    """An owner whose fds nobody closes."""
+
+    def wake(self, task: object, value: object) -> None:
+        pass
+
+    def check_still_open(self, fd: int, siblings: object) -> None:
+        pass
+
+
 def new_slot() -> Operation:
     return Operation(5, Nobody(), [], ())  # type: ignore[arg-type]
 
@@ -359,7 +369,7 @@ def test_what_is_received_is_picked_up(buffers: BufferRing, flags: int) -> None:
 
 def test_without_a_buffer_there_is_another_way(buffers: BufferRing) -> None:
     slot = new_slot()
-    slot.owner = type("", (), {"wake": staticmethod(lambda task, value: None)})()
+    slot.owner = OpenForEver()  # type: ignore[assignment]
     waiting = receiving(slot, buffers)
     complete_all([None] * 5 + [slot], iter([slot.token, -errno.ENOBUFS, 0]), print)
     stop = raised_by(lambda: waiting.send(-errno.ENOBUFS))

@@ -47,6 +47,9 @@ class Manager:
     def buffer_unread(self, flags: int) -> None:
         raise AssertionError("no operation here takes a provided buffer")
 
+    def check_still_open(self, fd: int, siblings: set[Operation]) -> None:
+        raise AssertionError("no operation here is tried again")
+
     def released(self, operation: Operation) -> None:
         raise AssertionError("it does not want to know")
 
