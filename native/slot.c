@@ -20,6 +20,7 @@
 
 #define TU_SLOT_BITS 20
 #define TU_GENERATION (INT64_C(1) << TU_SLOT_BITS)
+#define TU_ADDR3_AT 48 /* liburing 2.3 has no name for it everywhere */
 
 /* The staging area of a ring: see SubmissionQueue. */
 struct queue {
@@ -27,13 +28,17 @@ struct queue {
     long long base;
     long long tail;
     long long capacity;
-    unsigned long long memory; /* its address */
-    PyObject *pointers;        /* the same memory, as an array of pointers */
-    PyObject *noticed;         /* called with the opcode before something is staged */
+    unsigned long long address; /* of the memory */
+    PyObject *_sqes;            /* which hold it */
+    PyObject *_memory;          /* the same, for cffi, */
+    PyObject *_bytes;           /* as bytes, */
+    PyObject *_pointers;        /* and as an array of pointers */
+    PyObject *noticed;          /* called with the opcode before something is staged */
 };
 
+/* The task comes first: without it nobody gives the operation up while it is taken apart. */
 #define SLOT_FIELDS(F) \
-    F(owner) F(home) F(waiters) F(trap) F(stand_in) F(_state) F(task) F(kind) F(fd) F(pin) F(keep) F(siblings) F(since) \
+    F(task) F(owner) F(home) F(waiters) F(trap) F(stand_in) F(_state) F(kind) F(fd) F(pin) F(keep) F(siblings) F(since) \
     F(res) F(flags) F(interrupt)
 
 struct slot {
@@ -102,18 +107,26 @@ static bool fits(PyObject *argument, int64_t lowest, int64_t highest, int64_t *v
 
 /* Queue */
 
-static int queue_traverse(PyObject *self, visitproc visit, void *arg)
+#define QUEUE_FIELDS(F) F(_sqes) F(_memory) F(_bytes) F(_pointers) F(noticed)
+
+static int queue_traverse(PyObject *object, visitproc visit, void *arg)
 {
-    Py_VISIT(Py_TYPE(self));
-    Py_VISIT(((struct queue *)self)->pointers);
-    Py_VISIT(((struct queue *)self)->noticed);
+    struct queue *self = (struct queue *)object;
+
+    Py_VISIT(Py_TYPE(object));
+#define FIELD(name) Py_VISIT(self->name);
+    QUEUE_FIELDS(FIELD)
+#undef FIELD
     return 0;
 }
 
-static int queue_clear(PyObject *self)
+static int queue_clear(PyObject *object)
 {
-    Py_CLEAR(((struct queue *)self)->pointers);
-    Py_CLEAR(((struct queue *)self)->noticed);
+    struct queue *self = (struct queue *)object;
+
+#define FIELD(name) Py_CLEAR(self->name);
+    QUEUE_FIELDS(FIELD)
+#undef FIELD
     return 0;
 }
 
@@ -127,13 +140,165 @@ static void queue_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
+static struct io_uring_sqe *entries_of(const struct queue *queue)
+{
+    return (struct io_uring_sqe *)(uintptr_t)queue->address;
+}
+
+static bool called(PyObject *done)
+{
+    Py_XDECREF(done);
+    return done != NULL;
+}
+
+/* Before something is staged. What this calls may stage, too. */
+static bool make_room(struct queue *queue, uint8_t opcode, long long n)
+{
+    if (!is_none(queue->noticed)) {
+        PyObject *noticed = given(queue->noticed), *number = PyLong_FromLong(opcode);
+        bool good = number != NULL && called(PyObject_CallFunctionObjArgs(noticed, number, NULL));
+
+        Py_DECREF(noticed);
+        Py_XDECREF(number);
+        if (!good)
+            return false;
+    }
+    while (queue->tail - queue->base + n > queue->capacity)
+        if (!called(PyObject_CallMethodObjArgs((PyObject *)queue, name_grow, NULL)))
+            return false;
+    return true;
+}
+
+/* Any integer. What does not fit is an OverflowError. */
+static bool field(PyObject *argument, int64_t lowest, uint64_t highest, uint64_t *value)
+{
+    PyObject *number = PyNumber_Index(argument);
+    int64_t negative;
+
+    if (number == NULL)
+        return false;
+    *value = PyLong_AsUnsignedLongLong(number);
+    if (!PyErr_Occurred()) {
+        Py_DECREF(number);
+        if (*value <= highest)
+            return true;
+    } else {
+        PyErr_Clear();
+        negative = PyLong_AsLongLong(number);
+        Py_DECREF(number);
+        if (!PyErr_Occurred() && negative < 0 && negative >= lowest) {
+            *value = (uint64_t)negative;
+            return true;
+        }
+        PyErr_Clear();
+    }
+    PyErr_Format(PyExc_OverflowError, "an argument does not fit the submission queue entry: %R", argument);
+    return false;
+}
+
+/*
+ * put(head, fd, off, addr, length, op_flags, user_data, buf_index, personality, file_index, addr3): stages an entry with
+ * these fields and returns its number. All arguments are looked at before it is taken: they may run any code.
+ */
+static PyObject *queue_put(PyObject *self, PyObject *const *args, Py_ssize_t n)
+{
+    struct queue *queue = (struct queue *)self;
+    struct io_uring_sqe sqe;
+    uint64_t head, fd, off, addr, length, op_flags, user_data, buf_index, personality, file_index, addr3;
+
+    if (n != 11)
+        return PyErr_Format(PyExc_TypeError, "put takes 11 arguments, not %zd", n);
+    if (!field(args[0], 0, UINT32_MAX, &head) || !field(args[1], INT32_MIN, INT32_MAX, &fd) ||
+        !field(args[2], INT64_MIN, INT64_MAX, &off) || !field(args[3], 0, UINT64_MAX, &addr) ||
+        !field(args[4], 0, UINT32_MAX, &length) || !field(args[5], 0, UINT32_MAX, &op_flags) ||
+        !field(args[6], 0, UINT64_MAX, &user_data) || !field(args[7], 0, UINT16_MAX, &buf_index) ||
+        !field(args[8], 0, UINT16_MAX, &personality) || !field(args[9], INT32_MIN, INT32_MAX, &file_index) ||
+        !field(args[10], 0, UINT64_MAX, &addr3) || !make_room(queue, (uint8_t)head, 1))
+        return NULL;
+    memset(&sqe, 0, sizeof(sqe));
+    memcpy(&sqe, &(uint32_t){(uint32_t)head}, sizeof(uint32_t)); /* opcode, flags, ioprio */
+    sqe.fd = (int32_t)fd;
+    sqe.off = off;
+    sqe.addr = addr;
+    sqe.len = (uint32_t)length;
+    sqe.rw_flags = (int)(uint32_t)op_flags;
+    sqe.user_data = user_data;
+    sqe.buf_index = (uint16_t)buf_index;
+    sqe.personality = (uint16_t)personality;
+    sqe.file_index = (uint32_t)file_index;
+    memcpy((char *)&sqe + TU_ADDR3_AT, &addr3, sizeof(addr3));
+    memcpy(entries_of(queue) + (queue->tail - queue->base), &sqe, sizeof(sqe));
+    return PyLong_FromLongLong(queue->tail++);
+}
+
+/* put_job(address, n, token): stages n filled entries with user_data `token | position << 20`; the first one's number. */
+static PyObject *queue_put_job(PyObject *self, PyObject *args)
+{
+    struct queue *queue = (struct queue *)self;
+    unsigned long long address;
+    long long token, number;
+    unsigned n;
+
+    if (!PyArg_ParseTuple(args, "KIL", &address, &n, &token) || !make_room(queue, IORING_OP_NOP, n))
+        return NULL;
+    tu_stage_job(entries_of(queue) + (queue->tail - queue->base), (const void *)(uintptr_t)address, n, token);
+    number = queue->tail;
+    queue->tail += n;
+    return PyLong_FromLongLong(number);
+}
+
+/* _move_to(capacity, address, sqes, memory, bytes, pointers): more room, unless there is as much by now. */
+static PyObject *queue_move_to(PyObject *object, PyObject *args)
+{
+    struct queue *self = (struct queue *)object;
+    unsigned long long address;
+    PyObject *sqes, *memory, *bytes, *pointers;
+    long long capacity;
+
+    if (!PyArg_ParseTuple(args, "LKOOOO", &capacity, &address, &sqes, &memory, &bytes, &pointers))
+        return NULL;
+    if (capacity <= self->capacity)
+        return given(NULL);
+    if (self->tail > self->base)
+        memcpy((void *)(uintptr_t)address, entries_of(self), (size_t)(self->tail - self->base) * sizeof(struct io_uring_sqe));
+    self->capacity = capacity;
+    self->address = address;
+    put(&self->_sqes, sqes);
+    put(&self->_memory, memory);
+    put(&self->_bytes, bytes);
+    put(&self->_pointers, pointers);
+    return given(NULL);
+}
+
+/* _consumed(n): the first n staged entries are with the kernel. */
+static PyObject *queue_consumed(PyObject *object, PyObject *args)
+{
+    struct queue *self = (struct queue *)object;
+    long long n;
+
+    if (!PyArg_ParseTuple(args, "L", &n))
+        return NULL;
+    self->base += n;
+    if (self->tail > self->base)
+        memmove(entries_of(self), entries_of(self) + n, (size_t)(self->tail - self->base) * sizeof(struct io_uring_sqe));
+    return given(NULL);
+}
+
+static PyMethodDef queue_methods[] = {
+    {"_move_to", queue_move_to, METH_VARARGS, NULL},
+    {"_consumed", queue_consumed, METH_VARARGS, NULL},
+    {"put", (PyCFunction)(void *)queue_put, METH_FASTCALL, NULL},
+    {"put_job", queue_put_job, METH_VARARGS, NULL},
+    {NULL},
+};
+
 static PyMemberDef queue_members[] = {
     {"base", T_LONGLONG, offsetof(struct queue, base), 0, NULL},
     {"tail", T_LONGLONG, offsetof(struct queue, tail), 0, NULL},
     {"capacity", T_LONGLONG, offsetof(struct queue, capacity), 0, NULL},
-    {"address", T_ULONGLONG, offsetof(struct queue, memory), 0, NULL},
-    {"pointers", T_OBJECT, offsetof(struct queue, pointers), 0, NULL},
-    {"noticed", T_OBJECT, offsetof(struct queue, noticed), 0, NULL},
+#define FIELD(name) {#name, T_OBJECT, offsetof(struct queue, name), 0, NULL},
+    QUEUE_FIELDS(FIELD)
+#undef FIELD
     {NULL},
 };
 
@@ -142,6 +307,7 @@ static PyType_Slot queue_slots[] = {
     {Py_tp_traverse, queue_traverse},
     {Py_tp_clear, queue_clear},
     {Py_tp_members, queue_members},
+    {Py_tp_methods, queue_methods},
     {0, NULL},
 };
 
@@ -171,11 +337,13 @@ static PyObject *copied(struct buffers *self, int64_t flags, int64_t length)
     uint64_t address = self->memory + (uint64_t)(number * self->size);
     PyObject *data;
 
-    if (!(flags & IORING_CQE_F_BUFFER) || number >= self->count || length < 0 || length > self->size) {
+    if (!(flags & IORING_CQE_F_BUFFER) || number < 0 || number >= self->count || length < 0 || length > self->size) {
         PyErr_Format(PyExc_ValueError, "no such buffer: flags %lld, length %lld", (long long)flags, (long long)length);
         return NULL;
     }
     data = PyBytes_FromStringAndSize((const char *)(uintptr_t)address, (Py_ssize_t)length);
+    if (data == NULL) /* whoever gives the operation up gives it back */
+        return NULL;
     entry->addr = address;
     entry->len = (uint32_t)self->size;
     entry->bid = (uint16_t)number; /* not the last field: in the first entry it is the ring's tail */
@@ -220,7 +388,7 @@ static PyType_Spec buffers_spec = {
     .slots = buffers_slots,
 };
 
-/* Wait: what a coroutine awaits, from the moment its operation is staged. */
+/* Wait: what a coroutine awaits, once its operation is staged. It is made before that: nothing may fail afterwards. */
 
 static PyObject *wait_for(struct slot *slot, struct buffers *buffers)
 {
@@ -230,7 +398,7 @@ static PyObject *wait_for(struct slot *slot, struct buffers *buffers)
         return NULL;
     Py_INCREF(slot);
     self->slot = slot;
-    self->token = slot->token;
+    self->token = slot->token + TU_GENERATION;
     Py_XINCREF(buffers);
     self->buffers = buffers;
     PyObject_GC_Track(self);
@@ -252,11 +420,31 @@ static int wait_clear(PyObject *self)
     return 0;
 }
 
+/* Is it for the life that the slot is in, and has nobody let the task go? */
+static bool waits(const struct wait *self)
+{
+    return self->slot != NULL && self->slot->token == self->token && !is_none(self->slot->task);
+}
+
+/* If the operation is still the coroutine's, the run was torn down. */
+static int wait_give_up(struct wait *self)
+{
+    return !waits(self) || called(PyObject_CallMethodObjArgs((PyObject *)self->slot, name_abandon, NULL)) ? 0 : -1;
+}
+
+/* One that is dropped unawaited gives up, too: nobody will take the result. */
 static void wait_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
+    PyObject *error, *value, *traceback;
 
     PyObject_GC_UnTrack(self);
+    if (waits((struct wait *)self)) {
+        PyErr_Fetch(&error, &value, &traceback);
+        if (wait_give_up((struct wait *)self) < 0)
+            PyErr_WriteUnraisable((PyObject *)type);
+        PyErr_Restore(error, value, traceback);
+    }
     wait_clear(self);
     PyObject_GC_Del(self);
     Py_DECREF(type);
@@ -270,9 +458,10 @@ static PyObject *wait_itself(PyObject *self)
 
 static PyObject *wait_next(PyObject *self)
 {
-    struct slot *slot = ((struct wait *)self)->slot;
-
-    return given(slot ? slot->trap : NULL);
+    if (waits((struct wait *)self))
+        return given(((struct wait *)self)->slot->trap);
+    PyErr_SetString(PyExc_RuntimeError, "this operation is over");
+    return NULL;
 }
 
 static PyObject *pick_up(PyObject *slot);
@@ -312,7 +501,7 @@ static PySendResult wait_send_to(PyObject *self, PyObject *value, PyObject **res
 
     if (value == Py_None) {
         *result = wait_next(self);
-        return PYGEN_NEXT;
+        return *result == NULL ? PYGEN_ERROR : PYGEN_NEXT;
     }
     res = PyLong_CheckExact(value) ? given(value) : PyObject_CallMethodObjArgs(value, name_unwrap, NULL);
     if (res == NULL || wait->buffers == NULL) {
@@ -340,19 +529,6 @@ static PyObject *wait_send(PyObject *self, PyObject *value)
     }
 }
 
-/* If the operation is still the coroutine's, the run was torn down. */
-static int wait_give_up(struct wait *self)
-{
-    struct slot *slot = self->slot;
-    PyObject *done;
-
-    if (slot == NULL || slot->token != self->token || is_none(slot->task))
-        return 0;
-    done = PyObject_CallMethodObjArgs((PyObject *)slot, name_abandon, NULL);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
-}
-
 static PyObject *wait_throw(PyObject *self, PyObject *args)
 {
     PyObject *type, *value = NULL, *traceback = NULL;
@@ -361,6 +537,8 @@ static PyObject *wait_throw(PyObject *self, PyObject *args)
         return NULL;
     if (PyExceptionInstance_Check(type)) {
         PyErr_Restore(given((PyObject *)Py_TYPE(type)), given(type), PyException_GetTraceback(type));
+    } else if (!PyExceptionClass_Check(type)) {
+        PyErr_SetString(PyExc_TypeError, "what is thrown must be an exception");
     } else { /* as before Python 3.12 */
         Py_INCREF(type);
         Py_XINCREF(value);
@@ -457,26 +635,6 @@ static bool truth_of_kind(PyObject *kind, PyObject *name)
     return truth;
 }
 
-static bool grow(struct queue *queue)
-{
-    PyObject *done = PyObject_CallMethodObjArgs((PyObject *)queue, name_grow, NULL);
-
-    Py_XDECREF(done);
-    return done != NULL;
-}
-
-static bool notice(struct queue *queue, uint8_t opcode)
-{
-    PyObject *noticed = given(queue->noticed);
-    PyObject *number = PyLong_FromLong(opcode);
-    PyObject *done = number == NULL ? NULL : PyObject_CallFunctionObjArgs(noticed, number, NULL);
-
-    Py_DECREF(noticed);
-    Py_XDECREF(number);
-    Py_XDECREF(done);
-    return done != NULL;
-}
-
 /* What a life begins with. */
 struct beginning {
     PyObject *queue, *kind, *task, *siblings, *since, *fd, *pin, *keep;
@@ -490,7 +648,7 @@ static bool set_pointer(const struct queue *queue, long long index, PyObject *pi
     const long long pointers = sizeof(struct io_uring_sqe) / sizeof(void *);
     const long long addr = offsetof(struct io_uring_sqe, addr) / sizeof(void *);
     PyObject *place = PyLong_FromLongLong(index * pointers + addr);
-    bool good = place != NULL && PyObject_SetItem(queue->pointers, place, pin) == 0;
+    bool good = place != NULL && PyObject_SetItem(queue->_pointers, place, pin) == 0;
 
     Py_XDECREF(place);
     PyErr_Clear();
@@ -511,12 +669,16 @@ static PyObject *start(struct slot *self, const struct beginning *of)
 
     if (!number_of_kind(of->kind, name_head, &head) || !PySet_Check(of->siblings))
         return given(NULL);
-    if (!is_none(queue->noticed) && !notice(queue, (uint8_t)head))
+    wait = wait_for(self, of->buffers);
+    if (wait == NULL)
         return NULL;
-    if (queue->tail - queue->base >= queue->capacity && !grow(queue))
+    if (!make_room(queue, (uint8_t)head, 1)) {
+        Py_DECREF(wait);
         return NULL;
+    }
+    /* From here until the entry is ours nothing may collect garbage: a finaliser that stages would take it. */
     index = queue->tail - queue->base;
-    sqe = (struct io_uring_sqe *)(uintptr_t)queue->memory + index;
+    sqe = entries_of(queue) + index;
     memset(sqe, 0, sizeof(*sqe));
     memcpy(sqe, &(uint32_t){(uint32_t)head}, sizeof(uint32_t)); /* opcode, flags, ioprio */
     sqe->fd = (int32_t)of->sqe_fd;
@@ -525,17 +687,17 @@ static PyObject *start(struct slot *self, const struct beginning *of)
     sqe->len = (uint32_t)of->length;
     sqe->rw_flags = (int)(uint32_t)of->op_flags;
     sqe->user_data = (uint64_t)(self->token + TU_GENERATION);
-    if (PyBytes_CheckExact(of->pin))
+    if (PyBytes_CheckExact(of->pin)) {
         sqe->addr = (uintptr_t)PyBytes_AsString(of->pin);
-    else if (of->pin != Py_None && !set_pointer(queue, index, of->pin))
+    } else if (of->pin != Py_None && !set_pointer(queue, index, of->pin)) {
+        Py_DECREF(wait);
         return given(NULL);
-    self->token += TU_GENERATION;
-    wait = wait_for(self, of->buffers);
-    if (wait == NULL || PySet_Add(of->siblings, (PyObject *)self) < 0) {
-        self->token -= TU_GENERATION;
-        Py_XDECREF(wait);
+    }
+    if (PySet_Add(of->siblings, (PyObject *)self) < 0) {
+        Py_DECREF(wait);
         return NULL;
     }
+    self->token += TU_GENERATION;
     self->number = queue->tail++;
     self->ordinary = truth_of_kind(of->kind, name_ordinary);
     put(&self->_state, in_flight); /* or STAGED, as the ring has it */
@@ -593,7 +755,7 @@ static PyObject *slot_receive(PyObject *self, PyObject *const *args, Py_ssize_t 
     return start((struct slot *)self, &of);
 }
 
-/* wait(buffers): what the task of an operation that was staged otherwise is to await. Buffers, or None. */
+/* wait(buffers): what to await when the next life has begun, if it is to be begun otherwise. Buffers, or None. */
 static PyObject *slot_wait(PyObject *self, PyObject *buffers)
 {
     return wait_for((struct slot *)self, PyObject_TypeCheck(buffers, buffers_type) ? (struct buffers *)buffers : NULL);
@@ -632,37 +794,40 @@ static bool settles(const struct slot *self, int64_t token, int64_t res, int64_t
            self->ordinary && self->siblings && PySet_Check(self->siblings);
 }
 
-static int settle(struct slot *self, PyObject *res, PyObject *flags)
+/* Wakes the task. What was pinned is let go of after that: giving it up can run any code, a cancel included. */
+static int settle(struct slot *self, PyObject *res, PyObject *flags, PyObject *wake)
 {
-    if (PySet_Discard(self->siblings, (PyObject *)self) < 0)
+    PyObject *task = given(self->task), *pin = self->pin, *keep = NULL;
+    bool good;
+
+    if (PySet_Discard(self->siblings, (PyObject *)self) < 0) {
+        Py_DECREF(task);
         return -1;
+    }
     put(&self->_state, settled);
     put(&self->res, res);
     put(&self->flags, flags);
-    put(&self->pin, Py_None); /* the kernel is done with it; `keep` may be what the result is made of */
-    if (!is_none(self->keep) && !truth_of_kind(self->kind, name_keeps))
-        put(&self->keep, Py_None);
-    return 0;
+    self->pin = NULL; /* the kernel is done with it; `keep` may be what the result is made of */
+    if (!is_none(self->keep) && !truth_of_kind(self->kind, name_keeps)) {
+        keep = self->keep;
+        self->keep = NULL;
+    }
+    good = called(PyObject_CallFunctionObjArgs(wake, task, res, NULL));
+    Py_DECREF(task);
+    Py_XDECREF(pin);
+    Py_XDECREF(keep);
+    return good ? 0 : -1;
 }
 
 static int complete(PyObject *slot, PyObject *const *cqe, PyObject *wake)
 {
     int64_t token, res, flags;
-    PyObject *done;
 
     if (Py_TYPE(slot) == operation_type && fits(cqe[0], 0, INT64_MAX, &token) &&
         fits(cqe[1], INT32_MIN, INT32_MAX, &res) && fits(cqe[2], 0, UINT32_MAX, &flags) &&
-        settles((struct slot *)slot, token, res, flags)) {
-        PyObject *task = given(((struct slot *)slot)->task);
-
-        done = settle((struct slot *)slot, cqe[1], cqe[2]) < 0 ? NULL
-                                                                : PyObject_CallFunctionObjArgs(wake, task, cqe[1], NULL);
-        Py_DECREF(task);
-    } else {
-        done = PyObject_CallMethodObjArgs(slot, name_complete, cqe[0], cqe[1], cqe[2], NULL);
-    }
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+        settles((struct slot *)slot, token, res, flags))
+        return settle((struct slot *)slot, cqe[1], cqe[2], wake);
+    return called(PyObject_CallMethodObjArgs(slot, name_complete, cqe[0], cqe[1], cqe[2], NULL)) ? 0 : -1;
 }
 
 /* complete_all(slots, cqes, wake): `cqes` is an iterator over numbers, three for each CQE. It can be gone on with. */
@@ -762,20 +927,23 @@ static const struct {
     {&name_grow, "_grow"},      {&name_not_received, "_not_received"},
 };
 
-static bool add(PyObject *namespace, const char *name, PyObject *object)
+static bool add(PyObject *namespace, const char *name, PyTypeObject *type)
 {
-    bool good = object != NULL && PyDict_SetItemString(namespace, name, object) == 0;
+    return type != NULL && PyDict_SetItemString(namespace, name, (PyObject *)type) == 0;
+}
 
-    Py_XDECREF(object);
+static bool add_function(PyObject *namespace, PyMethodDef *definition)
+{
+    PyObject *function = PyCFunction_New(definition, NULL);
+    bool good = function != NULL && PyDict_SetItemString(namespace, definition->ml_name, function) == 0;
+
+    Py_XDECREF(function);
     return good;
 }
 
 static PyTypeObject *made(PyType_Spec *spec)
 {
-    PyObject *type = PyType_FromSpec(spec);
-
-    Py_XINCREF(type); /* one for us */
-    return (PyTypeObject *)type;
+    return (PyTypeObject *)PyType_FromSpec(spec);
 }
 
 /* Puts the types and functions into a dict. False, with what is wrong printed, if that fails. */
@@ -787,14 +955,16 @@ int tu_add_types(const void *dict)
 
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
         good = (*names[i].name = PyUnicode_InternFromString(names[i].chars)) != NULL && good;
-    queue_type = made(&queue_spec);
-    buffers_type = made(&buffers_spec);
-    wait_type = made(&wait_spec);
-    slot_type = made(&slot_spec);
-    good = good && add(namespace, "Queue", (PyObject *)queue_type) && add(namespace, "Buffers", (PyObject *)buffers_type) &&
-           add(namespace, "Wait", (PyObject *)wait_type) && add(namespace, "Slot", (PyObject *)slot_type);
+    if (queue_type == NULL) { /* once: a run may be under way when the package is imported again */
+        queue_type = made(&queue_spec);
+        buffers_type = made(&buffers_spec);
+        wait_type = made(&wait_spec);
+        slot_type = made(&slot_spec);
+    }
+    good = good && add(namespace, "Queue", queue_type) && add(namespace, "Buffers", buffers_type) &&
+           add(namespace, "Wait", wait_type) && add(namespace, "Slot", slot_type);
     for (PyMethodDef *function = functions; function->ml_name != NULL; function++)
-        good = good && add(namespace, function->ml_name, PyCFunction_New(function, NULL));
+        good = good && add_function(namespace, function);
     if (PyErr_Occurred())
         PyErr_Print();
     PyGILState_Release(gil);

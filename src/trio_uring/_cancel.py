@@ -126,6 +126,7 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
 _AFTER_LAST_CQE: Final = tuple(TRANSITIONS[state].get(Event.LAST_CQE) for state in State)
 
 _CANCELLED: Final = (State.CANCELLING, State.DETACHED)
+_HAS_RESULT: Final = (State.SETTLED, State.NOTIFYING)
 _IDLE: Final = State.IDLE
 _IN_FLIGHT: Final = State.IN_FLIGHT
 
@@ -364,7 +365,9 @@ class Operation(Slot):
         keep: Any = None,
         extra: tuple[int, int, int, int] | None = None,
     ) -> None:
-        """`start`, whatever the values: it raises the errors for them. ``fields`` begin with the fd of the SQE."""
+        """`start`, whatever the values: it raises the errors for them. ``fields`` begin with the fd of the SQE. What is
+        to be awaited is made before, by `wait`: nothing may fail afterwards.
+        """
         self.task = task
         self.kind = kind
         self.ordinary = kind.ordinary
@@ -373,12 +376,13 @@ class Operation(Slot):
         self.since = since
         self.pin = pin = ffi.from_buffer(pin) if isinstance(pin, bytes) else pin
         self.keep = keep
+        siblings.add(self)
         try:
             self.number = queue.stage(kind.head, *fields, self.begin(), pin, extra)
         except BaseException:
+            siblings.discard(self)
             pin = keep = None  # a traceback keeps this frame
             raise
-        siblings.add(self)
 
     def not_staged(self) -> None:
         """Its SQE could not be filled: back to IDLE."""
@@ -482,6 +486,8 @@ class Operation(Slot):
         if self.stand_in is not None:  # who has borrowed the slot, and the trap with it
             return self.stand_in.abort(raise_cancel)
         if self.task is None:  # a call after the end of the run, from the clean-up of an abandoned task
+            return trio.lowlevel.Abort.FAILED
+        if self._state in _HAS_RESULT:  # a call of a finaliser's, just before the task is woken
             return trio.lowlevel.Abort.FAILED
         if self.state is State.STAGED:
             self._move(Event.ABORT)
@@ -620,7 +626,8 @@ class Operation(Slot):
         self.owner.check_still_open(self.fd, self.siblings)
 
     def __repr__(self) -> str:
-        name = self.kind.name if hasattr(self, "kind") else "-"
+        kind: Kind[Any] | None = self.kind  # None before its first life
+        name = "-" if kind is None else kind.name
         return f"<Operation {self.token:#x} {name} fd={self.fd} {self.state.name}>"
 
 

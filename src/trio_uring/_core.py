@@ -651,17 +651,21 @@ class UringIOManager:
                             ring, kind, task, siblings, since, fd, sqe_fd, off, addr, length, op_flags, pin, keep
                         )
                     if waiting is None:
+                        waiting = operation.wait(None)
                         fields = sqe_fd, off, addr, length, op_flags
                         operation.start_in_python(ring, kind, task, siblings, since, fd, fields, pin, keep, extra)
-                        waiting = operation.wait(None)
                 except BaseException:
                     operation.not_staged()
                     raise
                 if not kind.ordinary:
-                    if kind.second_fd is not None:
-                        self._register_second_fd(operation, kind.second_fd_of(off, length, extra))
-                    if kind.staged is not None:
-                        kind.staged(keep)
+                    try:
+                        if kind.second_fd is not None:
+                            self._register_second_fd(operation, kind.second_fd_of(off, length, extra))
+                        if kind.staged is not None:
+                            kind.staged(keep)
+                    except BaseException:
+                        operation.abandon()
+                        raise
                 pin = keep = None  # from here on the operation owns them
                 res = yield from waiting
                 if res >= 0:
@@ -719,15 +723,14 @@ class UringIOManager:
         for other in siblings:
             if other.occupies("read", fd):
                 return None
+        task, since = current_task(), self._now or self._look_at_the_clock()
         pool = self._idle_uncounted
         operation = pool.pop() if pool else self._new_slot(pool, ())
-        task, since = current_task(), self._now or self._look_at_the_clock()
         try:
             waiting = operation.receive(self.ring, kind, task, siblings, since, fd, size, buffers)
             if waiting is None:
-                fields = fd, 0, 0, size, 0
-                operation.start_in_python(self.ring, kind, task, siblings, since, fd, fields)
                 waiting = operation.wait(buffers)
+                operation.start_in_python(self.ring, kind, task, siblings, since, fd, (fd, 0, 0, size, 0))
         except BaseException:
             operation.not_staged()
             raise

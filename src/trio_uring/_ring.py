@@ -42,9 +42,8 @@ if TYPE_CHECKING:
 ffi: Final = _native.ffi
 lib: Final = _native.lib
 
-# opcode|flags|ioprio, fd, off, addr, len, op flags, user_data; what follows is zero unless `extra` is given
-_fill: Final = struct.Struct("<IiqQIIQ24x").pack_into
-_fields: Final = struct.Struct("<IiqQII")  # all but user_data
+# opcode|flags|ioprio, fd, off, addr, len, op flags; what follows is zero unless `extra` is given
+_fields: Final = struct.Struct("<IiqQII")
 pack_sqe: Final = _fields.pack_into  # in memory that is zero
 SQE_EXTRA_AT: Final = 40
 pack_sqe_extra: Final = struct.Struct("<HHiQ8x").pack_into  # buf_index, personality, file_index, addr3
@@ -60,7 +59,7 @@ _FIELDS: Final = {
     "length": (_INT, 24),
     "file_index": (_INT, SQE_FILE_INDEX_AT),
 }
-_OPCODE: Final = 0xFF  # of the first four bytes
+_NO_EXTRA: Final = (0, 0, 0, 0)
 SQE_ADDR_AT: Final = 2  # the addr field, in units of 8 bytes
 
 _fill_buffer: Final = struct.Struct("<QIH").pack_into  # not the last field: in the first entry it is the ring's tail
@@ -281,18 +280,18 @@ class SubmissionQueue(Queue):
     this part.
     """
 
-    __slots__ = ("_bytes", "_memory", "_sqes", "rescued")
+    __slots__ = ("rescued",)
 
     def __init__(self, capacity: int = 512) -> None:
-        self._allocate(capacity)
+        self._make_room(capacity)
         self.rescued: list[int] = []
 
-    def _allocate(self, capacity: int) -> None:
-        self._sqes = SQEs(capacity)
-        self._memory = self._sqes.memory
-        self._bytes, self.pointers = self._sqes.views()
-        self.address = int(ffi.cast("uintptr_t", self._memory))
-        self.capacity = capacity
+    def _make_room(self, capacity: int) -> None:
+        sqes = SQEs(capacity)
+        self._move_to(capacity, int(ffi.cast("uintptr_t", sqes.memory)), sqes, sqes.memory, *sqes.views())
+
+    def _grow(self) -> None:
+        self._make_room(2 * self.capacity)
 
     def stage(
         self,
@@ -319,28 +318,11 @@ class SubmissionQueue(Queue):
             OverflowError: a value does not fit its field. Nothing is staged.
             TypeError: a value is not an integer. Nothing is staged.
         """
-        if self.noticed is not None:
-            self.noticed(head & _OPCODE)
-        if self.tail - self.base == self.capacity:
-            self._grow()
-        # The entry is ours before it is filled: whatever runs in between (a finaliser) stages behind it.
-        number = self.tail
-        self.tail = number + 1
-        index = number - self.base
-        try:
-            _fill(self._bytes, index << 6, head, fd, off, addr, length, op_flags, user_data)
-            if extra is not None:
-                pack_sqe_extra(self._bytes, (index << 6) + SQE_EXTRA_AT, *extra)
-            if pin is not None:
-                self.pointers[(index << 3) + SQE_ADDR_AT] = pin
-        except struct.error as exc:
-            self.neutralise(number)
-            pin = None  # a traceback keeps this frame
-            raise does_not_fit(exc, (head, fd, off, addr, length, op_flags, user_data, *(extra or ()))) from None
-        except BaseException:
-            self.neutralise(number)
-            raise
-        return number
+        if pin is not None:
+            if not isinstance(pin, ffi.CData):
+                raise TypeError(f"what is pinned must be a cffi pointer or array, not {pin!r}")
+            addr = int(ffi.cast("uintptr_t", pin))
+        return self.put(head, fd, off, addr, length, op_flags, user_data, *(extra or _NO_EXTRA))
 
     def stage_job(self, entries: Any, n: int, token: int) -> int:
         """Stages ``n`` filled SQEs with user_data ``token | position << 20``; returns the first one's number.
@@ -349,14 +331,7 @@ class SubmissionQueue(Queue):
             entries: cffi memory with the SQEs. It is copied.
             n, token: see `Job`.
         """
-        if self.noticed is not None:
-            self.noticed(Opcode.NOP)
-        while self.tail - self.base + n > self.capacity:
-            self._grow()
-        number = self.tail
-        self.tail = number + n
-        lib.tu_stage_job(self._memory + SQE_SIZE * (number - self.base), entries, n, token)
-        return number
+        return self.put_job(int(ffi.cast("uintptr_t", entries)), n, token)
 
     def set_field(self, number: int, field: Literal["fd", "off", "length", "file_index"], value: int) -> None:
         """Changes a field of a staged entry."""
@@ -377,17 +352,6 @@ class SubmissionQueue(Queue):
     def staged(self) -> int:
         """How many entries wait for the next tick."""
         return self.tail - self.base
-
-    def _grow(self) -> None:
-        old, used = self._memory, SQE_SIZE * self.capacity
-        self._allocate(2 * self.capacity)
-        ffi.memmove(self._memory, old, used)
-
-    def _consumed(self, n: int) -> None:
-        """The first ``n`` staged entries are with the kernel."""
-        self.base += n
-        if self.staged:
-            ffi.memmove(self._memory, self._memory + SQE_SIZE * n, SQE_SIZE * self.staged)
 
 
 class Ring(SubmissionQueue):
@@ -446,9 +410,10 @@ class Ring(SubmissionQueue):
         Raises:
             RingError: forked child, foreign thread, closed ring, a lost completion.
         """
+        nanoseconds = int(timeout * 1e9) if timeout else 0
         tail = self.tail
         try:
-            got = _tick(self._ring, self._memory, tail - self.base, int(timeout * 1e9) if timeout else 0)
+            got = _tick(self._ring, self._memory, tail - self.base, nanoseconds)
             if got > 0:
                 self.base = tail
                 events = self._cqes[: 3 * got].tolist()

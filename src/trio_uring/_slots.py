@@ -15,19 +15,47 @@ if TYPE_CHECKING:
     class Queue:
         """Where SQEs are staged: ``base`` is the number of the first entry there, ``tail`` of the next one.
 
+        What a finaliser must not come between is done in C.
+
         Attributes:
             capacity: how many entries there is room for.
-            address: of the memory.
-            pointers: the same memory, as a cffi array of pointers.
-            noticed: called with the opcode before something is staged, unless it is None.
         """
 
         base: int
         tail: int
         capacity: int
-        address: int
-        pointers: Any
-        noticed: Callable[[int], object] | None
+        _sqes: Any  #: what holds the entries
+        _memory: Any  #: they, for cffi
+        _bytes: memoryview  #: and in bytes
+        noticed: Callable[[int], object] | None  #: called with the opcode before something is staged
+
+        def _move_to(
+            self, capacity: int, address: int, sqes: Any, memory: Any, in_bytes: memoryview, pointers: Any, /
+        ) -> None:
+            """Makes more room, unless there is as much by now."""
+
+        def _consumed(self, n: int, /) -> None:
+            """The first ``n`` staged entries are with the kernel."""
+
+        def put(
+            self,
+            head: int,
+            fd: int,
+            off: int,
+            addr: int,
+            length: int,
+            op_flags: int,
+            user_data: int,
+            buf_index: int,
+            personality: int,
+            file_index: int,
+            addr3: int,
+            /,
+        ) -> int:
+            """Stages an entry with these fields; returns its number."""
+
+        def put_job(self, address: int, n: int, token: int, /) -> int:
+            """Stages ``n`` filled entries with user_data ``token | position << 20``; returns the first one's number."""
 
     class Buffers:
         """Buffers the kernel takes from when data is there; see `BufferRing`.
@@ -110,7 +138,7 @@ if TYPE_CHECKING:
         @overload
         def wait(self, buffers: Buffers) -> Received: ...
         def wait(self, buffers: Any) -> Any:
-            """What the task of an operation is to await that was staged otherwise."""
+            """What to await when the next life has begun, if it is to be begun otherwise."""
 
         def pick_up(self) -> None:
             """The task runs again and has the result."""

@@ -55,12 +55,11 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     bench.manager.close()
 
 
-class Nobody:
-    """An owner that is not needed."""
+class Owner:
+    """Whose fds nobody closes."""
 
-
-class OpenForEver:
-    """An owner whose fds nobody closes."""
+    def __init__(self) -> None:
+        self.ring = SubmissionQueue(1)
 
     def wake(self, task: object, value: object) -> None:
         pass
@@ -70,12 +69,12 @@ class OpenForEver:
 
 
 def new_slot() -> Operation:
-    return Operation(5, Nobody(), [], ())  # type: ignore[arg-type]
+    return Operation(5, Owner(), [], ())  # type: ignore[arg-type]
 
 
-def begin(slot: Operation, queue: SubmissionQueue, *fields: Any, pin: Any = None, row: Any = NOP) -> Any:
+def begin(slot: Operation, *fields: Any, pin: Any = None, row: Any = NOP) -> Any:
     sqe_fd, off, addr, length, op_flags = fields or (FD, 0, 0, 0, 0)
-    return slot.start(queue, row, "task", set(), 0.5, FD, sqe_fd, off, addr, length, op_flags, pin, None)
+    return slot.start(slot.owner.ring, row, "task", set(), 0.5, FD, sqe_fd, off, addr, length, op_flags, pin, None)
 
 
 def entry(queue: SubmissionQueue) -> bytes:
@@ -91,10 +90,10 @@ NUMBERS = st.integers(-(1 << 65), 1 << 65) | st.sampled_from([-1, 0, 1 << 31, 1 
 @example((7, 1 << 62, 0, 9, 0x4000), b"bytes")
 def test_an_entry_is_the_same(fields: tuple[int, ...], pin: bytes | None) -> None:
     """Or it is left to the Python way, and nothing has happened."""
-    ours, theirs = SubmissionQueue(1), SubmissionQueue(1)
-    slot = new_slot()
+    slot, theirs = new_slot(), SubmissionQueue(1)
+    ours = slot.owner.ring
     before = slot.token
-    started = begin(slot, ours, *fields, pin=pin, row=ODD)
+    started = begin(slot, *fields, pin=pin, row=ODD)
     if started is None:
         assert (ours.staged, slot.token, slot.state, slot.task) == (0, before, State.IDLE, None)
         if all(-1 << 31 <= value < 1 << 31 and (i < 2 or value >= 0) for i, value in enumerate(fields)):
@@ -112,29 +111,38 @@ def test_an_entry_is_the_same(fields: tuple[int, ...], pin: bytes | None) -> Non
 def test_no_numbers(position: int, value: object) -> None:
     fields: list[object] = [FD, 0, 0, 0, 0]
     fields[position] = value
-    queue = SubmissionQueue(1)
-    assert begin(new_slot(), queue, *fields) is None
-    assert queue.staged == 0
+    slot = new_slot()
+    assert begin(slot, *fields) is None
+    assert slot.owner.ring.staged == 0
 
 
 @pytest.mark.parametrize("pin", [bytearray(1), memoryview(b"x"), "x", 5])
 def test_no_pointer(pin: object) -> None:
-    queue, slot = SubmissionQueue(1), new_slot()
-    assert begin(slot, queue, pin=pin) is None
-    assert (queue.staged, slot.pin) == (0, None)
+    slot = new_slot()
+    assert begin(slot, pin=pin) is None
+    assert (slot.owner.ring.staged, slot.pin) == (0, None)
 
 
 def test_the_staging_area_grows() -> None:
-    queue, slots = SubmissionQueue(2), [new_slot() for _ in range(9)]
-    assert all(begin(slot, queue) for slot in slots)
+    slots = [new_slot() for _ in range(9)]
+    queue = slots[0].owner.ring
+    for slot in slots:
+        slot.owner = slots[0].owner
+    waiting = [begin(slot, pin=bytes([i])) for i, slot in enumerate(slots)]
     assert queue.staged == 9
     assert [slot.number for slot in slots] == list(range(9))
+    found = [int.from_bytes(queue._bytes[SQE_SIZE * i + 16 : SQE_SIZE * i + 24], "little") for i in range(9)]
+    assert found == [int(ffi.cast("uintptr_t", ffi.from_buffer(slot.pin))) for slot in slots]
+    del waiting
+    assert {slot.state for slot in slots} == {State.IDLE}
 
 
 @pytest.mark.parametrize("first", [None, 5, [], Slot()])
 def test_what_is_no_queue(first: Any) -> None:
+    slot = new_slot()
+    slot.owner.ring = first  # type: ignore[misc]
     with pytest.raises(TypeError):
-        begin(new_slot(), first)
+        begin(slot)
     with pytest.raises(TypeError):
         new_slot().receive(first, NOP, "task", set(), 0, FD, 5, BufferRing(ScriptedRing(RingConfig()), 1, 1, 1))
 
@@ -181,10 +189,10 @@ def test_what_is_thrown_comes_out(thrown: tuple[Any, ...]) -> None:
             await waiting
 
     slot = new_slot()
-    waiting = begin(slot, SubmissionQueue())
-    slot.task = None  # it has been let go
+    waiting = begin(slot)
     running = coroutine()
     assert running.send(None) is slot.trap
+    slot.task = None  # it has been let go
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # since 3.12 for more than one argument
         error = raised_by(lambda: running.throw(*thrown))
@@ -235,12 +243,86 @@ def test_a_cycle_is_found() -> None:
         waiting: object
 
     frame, slot = Frame(), new_slot()
-    frame.waiting = begin(slot, SubmissionQueue())
+    frame.waiting = begin(slot)
     slot.task = frame  # type: ignore[assignment]
     gone = weakref.ref(frame)
     del frame, slot
     gc.collect()
     assert gone() is None
+
+
+def test_what_is_thrown_is_an_exception() -> None:
+    slot = new_slot()
+    with pytest.raises(TypeError):
+        begin(slot).throw(5)
+    assert slot.state is State.IDLE
+
+
+def test_nobody_waits_for_what_is_over(bench: Bench) -> None:
+    task = bench.start(NOP)
+    operation = task.operation
+    assert operation is not None
+    bench.cancel(task)
+    with pytest.raises(RuntimeError, match="over"):
+        operation.wait(None).__await__().send(None)
+
+
+def test_what_is_dropped_unawaited_is_given_up(bench: Bench) -> None:
+    """As if its coroutine had ended: nobody is woken for it."""
+    buffer = bytearray(8)
+    slot = bench.manager._new_slot([], ())
+    queue, row = bench.ring, kind(Opcode.READ)
+    pin = ffi.from_buffer(buffer)
+    dropped = [slot.start(queue, row, "task", set(), 0, FD, FD, 0, 0, 8, 0, pin, None)]
+    del pin
+    bench.tick()
+    dropped.clear()
+    assert state_of(slot) is State.DETACHED
+    assert pinned(buffer)
+    bench.ring.answer(slot.token, 8, 0)
+    bench.tick()
+    assert state_of(slot) is State.IDLE
+    assert not pinned(buffer)
+
+
+def state_of(slot: Operation) -> State:
+    return slot.state
+
+
+class Staging:
+    """Garbage, whose finaliser stages and, if asked to, submits."""
+
+    def __init__(self, bench: Bench, flush: bool) -> None:
+        self.bench = bench
+        self.flush = flush
+        self.itself = self
+
+    def __del__(self) -> None:
+        self.bench.manager.ask_cancel(1 << 30, 0)
+        if self.flush:
+            self.bench.ring.flush()
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("extra", [None, (0, 0, 0, 0)])
+def test_a_finaliser_may_stage_at_any_time(bench: Bench, flush: bool, extra: Any) -> None:
+    """A garbage collection while something is staged costs nobody an entry, whatever the threshold."""
+    threshold = gc.get_threshold()
+    try:
+        for n in range(1, 40):
+            gc.collect()
+            Staging(bench, flush)
+            gc.set_threshold(n)
+            task = bench.start(NOP, FD, extra=extra)
+            gc.set_threshold(0)
+            tokens = bench.ring._taken + [entry.user_data for entry in bench.ring.staging if entry.opcode == Opcode.NOP]
+            assert tokens.count(task.token) == 1
+            bench.complete(task, n)
+            assert bench.resume(task).result == n
+            assert bench.ring.staged == 0
+    finally:
+        gc.set_threshold(*threshold)
+        gc.collect()
 
 
 # Completions
@@ -349,7 +431,7 @@ def test_no_such_buffer(buffers: BufferRing, flags: int, length: int) -> None:
 
 def receiving(slot: Operation, buffers: BufferRing) -> Any:
     row = kind(Opcode.RECV, flags=SQE_BUFFER_SELECT)
-    waiting = slot.receive(SubmissionQueue(), row, "task", set(), 0.0, FD, 16, buffers)
+    waiting = slot.receive(slot.owner.ring, row, "task", set(), 0.0, FD, 16, buffers)
     assert waiting is not None
     return waiting
 
@@ -369,7 +451,6 @@ def test_what_is_received_is_picked_up(buffers: BufferRing, flags: int) -> None:
 
 def test_without_a_buffer_there_is_another_way(buffers: BufferRing) -> None:
     slot = new_slot()
-    slot.owner = OpenForEver()  # type: ignore[assignment]
     waiting = receiving(slot, buffers)
     complete_all([None] * 5 + [slot], iter([slot.token, -errno.ENOBUFS, 0]), print)
     stop = raised_by(lambda: waiting.send(-errno.ENOBUFS))
