@@ -322,6 +322,7 @@ class SubmissionQueue(Queue):
             if not isinstance(pin, ffi.CData):
                 raise TypeError(f"what is pinned must be a cffi pointer or array, not {pin!r}")
             addr = int(ffi.cast("uintptr_t", pin))
+            pin = None  # a traceback keeps this frame
         return self.put(head, fd, off, addr, length, op_flags, user_data, *(extra or _NO_EXTRA))
 
     def stage_job(self, entries: Any, n: int, token: int) -> int:
