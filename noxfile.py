@@ -62,6 +62,8 @@ def asan(session: nox.Session) -> None:
         "--capture=sys",
         "tests/unit",
         "tests/contract/test_alike.py",
+        "tests/contract/test_socket_semantics.py",
+        "tests/stress/test_socket_races.py",
         "tests/stress/test_teardown.py",
         *session.posargs,
         env=env,
