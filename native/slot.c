@@ -270,7 +270,7 @@ static PyObject *queue_move_to(PyObject *object, PyObject *args)
     return given(NULL);
 }
 
-/* _consumed(n): the first n staged entries are with the kernel. */
+/* _consumed(n): the first n staged entries are with the kernel. None, if somebody has said so before. */
 static PyObject *queue_consumed(PyObject *object, PyObject *args)
 {
     struct queue *self = (struct queue *)object;
@@ -278,6 +278,8 @@ static PyObject *queue_consumed(PyObject *object, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "L", &n))
         return NULL;
+    if (n <= 0)
+        return given(NULL);
     self->base += n;
     if (self->tail > self->base)
         memmove(entries_of(self), entries_of(self) + n, (size_t)(self->tail - self->base) * sizeof(struct io_uring_sqe));

@@ -416,12 +416,12 @@ class Ring(SubmissionQueue):
         try:
             got = _tick(self._ring, self._memory, tail - self.base, nanoseconds)
             if got > 0:
-                self.base = tail
+                self._consumed(tail - self.base)
                 events = self._cqes[: 3 * got].tolist()
                 self._handed_out += got
                 return events
             if got == _ETIME:
-                self.base = tail
+                self._consumed(tail - self.base)
                 return []
         except BaseException:  # from a signal handler; or the ring is closed
             self._recover(self._live())
@@ -453,6 +453,7 @@ class Ring(SubmissionQueue):
     def flush(self) -> None:
         """Gives everything staged to the kernel now. Completions stay in the ring for the next tick."""
         ring = self._live()
+        self._count_taken(ring)  # a finaliser may flush when a tick has just been made
         try:
             res = lib.tu_flush(ring, self._memory, self.staged)
         finally:

@@ -507,6 +507,31 @@ def test_staging_grows_and_keeps_what_it_has() -> None:
         assert addr == int(ffi.cast("uintptr_t", pins[i]))
 
 
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("nops", [0, 3])
+def test_a_finaliser_may_come_just_behind_a_tick(
+    ring: Ring, flush: bool, nops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it stages goes to the kernel, and what the tick has submitted does not go there again."""
+    tick = _ring._tick
+    stage_nops(ring, range(1, nops + 1))
+
+    def interrupted(*args: Any) -> int:
+        got: int = tick(*args)
+        monkeypatch.undo()
+        stage_nops(ring, [8])
+        if flush:
+            ring.flush()
+            stage_nops(ring, [9])
+        return got
+
+    monkeypatch.setattr(_ring, "_tick", interrupted)
+    found = [*tokens(ring.tick(0)), *tokens(ring.tick(0)), *tokens(ring.tick(0))]
+    assert sorted(found) == [*range(1, nops + 1), 8, *([9] if flush else [])]
+    assert ring.counters()["sqes"] == len(found)
+    assert ring.staged == 0
+
+
 def test_more_than_the_first_staging_area_holds(ring: Ring) -> None:
     stage_nops(ring, range(1, 2001))
     assert ring.staged == 2000
