@@ -739,7 +739,7 @@ static PyObject *slot_start(PyObject *self, PyObject *const *args, Py_ssize_t n)
     return start((struct slot *)self, &of);
 }
 
-/* receive(queue, kind, task, siblings, since, fd, size, buffers): the result is bytes, or a negative number. */
+/* receive(queue, kind, task, siblings, since, fd, size, buffers): the result is bytes; None if there is another way. */
 static PyObject *slot_receive(PyObject *self, PyObject *const *args, Py_ssize_t n)
 {
     struct beginning of;
