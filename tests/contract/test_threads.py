@@ -151,7 +151,7 @@ def test_all_kinds_of_runs_at_once(bench: Bench) -> None:
     runs: list[Callable[..., Any]] = [mount.run for mount in MOUNTS.values()]
     runs += [*runs, trio.run]
     pairs = [bench.sockets() for _ in runs]
-    barrier = threading.Barrier(len(runs))
+    barrier, begun = threading.Barrier(len(runs)), threading.Event()
     rings: list[object] = []
 
     async def with_ring(mine: socket, theirs: socket, first: bool) -> None:
@@ -170,6 +170,7 @@ def test_all_kinds_of_runs_at_once(bench: Bench) -> None:
         assert statistics().in_flight == 0
 
     async def without_ring(mine: socket, theirs: socket, first: bool) -> None:
+        begun.set()
         barrier.wait()
         sockets = trio.socket.from_stdlib_socket(mine), trio.socket.from_stdlib_socket(theirs)
         for _ in range(100):
@@ -177,9 +178,10 @@ def test_all_kinds_of_runs_at_once(bench: Bench) -> None:
         assert manager_or_none() is None
 
     threads = []
-    for i, run in enumerate(runs):
+    for i, run in reversed([*enumerate(runs)]):  # the one without first: guest runs install a ring for all that begin
         mine, theirs = pairs[i - 1][1], pairs[i][0]
         threads.append(Thread(run, without_ring if run is trio.run else with_ring, mine, theirs, i == 0))
+        begun.wait()
     for thread in threads:
         thread.result()
     assert len(set(map(id, rings))) == len(runs) - 1
